@@ -1,0 +1,362 @@
+"""The bundle: a folder that holds an artifact, its evidence and its manifest.
+
+Layout (schema version 1)::
+
+    manifest.json            what this is; sha256 of every other file
+    model.onnx, …            the artifact, as the target writes it
+    reference/inputs.npz     every case's inputs, keys `case/name`
+    reference/outputs.npz    PyTorch's outputs for them, keys `case/name`
+    report.json, report.html the accuracy report
+
+A bundle is written into a hidden folder beside its destination and renamed into place, so that an interrupted export leaves nothing
+that looks finished. Nothing in it is a pickle, and nothing that is loaded from it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+
+from .errors import IntegrityError, IsthmusError, Reason, UsageError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+INPUTS = "reference/inputs.npz"
+OUTPUTS = "reference/outputs.npz"
+
+Verdict = Literal["verified", "built", "lowered", "blocked", "failed", "not run"]
+"""What may be claimed of a stage: executed here and within tolerance; accepted by the vendor's compiler here; static checks only;
+could not be executed although it should (see the reason); executed here and outside tolerance; and not run at all."""
+
+_WEAKEST_FIRST: tuple[Verdict, ...] = ("failed", "blocked", "lowered", "built", "verified")
+
+# JSON has no inf: a perfect match has an infinite PSNR, which is written as the string "inf".
+Decibel = Annotated[float, PlainSerializer(lambda x: x if np.isfinite(x) else str(x), when_used="json")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OutputMetrics(_Strict):
+    """How far one output of one case is from PyTorch's. All errors are artifact - reference, computed in float64.
+
+    Attributes:
+        case: `example`, `second`, or a case at another size; `samples` for pictures drawn end to end.
+        output: The output's name.
+        shape: Its shape.
+        max_abs: max |error|.
+        mean_abs: mean |error|.
+        range: max(reference) - min(reference).
+        max_relative: max_abs / range (inf when the range is 0 and there is an error, 0 when there is none).
+        relative_l2: ||error|| / ||reference||.
+        cosine: Cosine of the angle between the two, as vectors.
+        sqnr_db: 10 log10(sum reference^2 / sum error^2), dB.
+        psnr_db: 20 log10(range / rms(error)), dB.
+        problem: Why the numbers cannot be trusted (NaN, Inf, a different shape or dtype); empty when they can.
+        histogram: Counts of log10(|error| / range) in bins of one decade, from `HISTOGRAM_EDGES`; the first also counts exact zeros.
+    """
+
+    case: str
+    output: str
+    shape: tuple[int, ...]
+    max_abs: Decibel
+    mean_abs: Decibel
+    range: Decibel
+    max_relative: Decibel
+    relative_l2: Decibel
+    cosine: Decibel
+    sqnr_db: Decibel
+    psnr_db: Decibel
+    problem: str = ""
+    histogram: tuple[int, ...] = ()
+
+
+HISTOGRAM_EDGES: tuple[int, ...] = tuple(range(-9, 2))
+"""Decades of |error| / range: below 1e-9, 1e-9 to 1e-8, …, 1 to 10, above. `len(histogram) == len(HISTOGRAM_EDGES) + 1`."""
+
+
+class StageResult(_Strict):
+    """What one verification stage found.
+
+    Attributes:
+        name: `torch`, `torch-dtype`, `onnx`, `quantized`, `plan`, `mil`, `coreai` or `device`.
+        verdict: See `Verdict`.
+        reason: Why the verdict is not `verified`; empty when it is.
+        metrics: One row for each case and output.
+        device: What executed it.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str = ""
+    metrics: tuple[OutputMetrics, ...] = ()
+    device: str = ""
+
+
+class TensorInfo(_Strict):
+    """One input or output of the artifact.
+
+    Attributes:
+        name: Its name.
+        dtype: numpy's name for its element type.
+        shape: Sizes; a string names a dynamic size.
+        range: Smallest and largest value seen in the reference cases, None for empty or boolean tensors.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    range: tuple[float, float] | None = None
+
+
+class WeightsInfo(_Strict):
+    """Where the weights came from.
+
+    Attributes:
+        origin: `shipped`, `file`, `random` or `module` (the caller's own module).
+        path: The file's name, without its folder; empty where there is none.
+        layout: `isthmus` or the foreign layout that was converted.
+        sha256: Of the file, or of the parameters' bytes where there is no file.
+        parameters: Number of parameters and buffers' elements.
+        bytes: Their size in bytes.
+        seed: The seed of random weights.
+        missing: Keys the module has and the file has not.
+        unexpected: Keys the file has and the module has not.
+    """
+
+    origin: Literal["shipped", "file", "random", "module"]
+    path: str = ""
+    layout: str = "isthmus"
+    sha256: str = ""
+    parameters: int = 0
+    bytes: int = 0
+    seed: int | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
+class Manifest(_Strict):
+    """The contents of `manifest.json`.
+
+    Attributes:
+        schema_: Version of this layout (`schema` in the file).
+        model: The name asked for.
+        target: The target's registered name.
+        precision: The precision asked for.
+        opset: ONNX opset of the lowered graph, None for targets without one.
+        config: The model's settings.
+        options: Every option of the export, as resolved.
+        inputs: The artifact's inputs, in order.
+        outputs: Its outputs, in order.
+        sizes: Ranges of the dynamic sizes: name to (min, opt, max).
+        weights: Where the weights came from.
+        tolerance: The bounds that the verdict was given by.
+        device: What the artifact is for.
+        verdict: The weakest verdict of the stages that were run.
+        stages: What each stage found.
+        versions: Versions of the tools that made it.
+        details: Figures of the target.
+        files: Path (POSIX, relative) to sha256, for every file but the manifest.
+    """
+
+    schema_: int = Field(default=SCHEMA_VERSION, alias="schema", serialization_alias="schema")
+    model: str
+    target: str
+    precision: str
+    opset: int | None = None
+    config: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    sizes: dict[str, tuple[int, int, int]] = {}
+    weights: WeightsInfo
+    tolerance: dict[str, float] = {}
+    device: str = ""
+    verdict: Verdict
+    stages: tuple[StageResult, ...]
+    versions: dict[str, str] = {}
+    details: dict[str, Any] = {}
+    files: dict[str, str] = {}
+
+
+def weakest(stages: tuple[StageResult, ...]) -> Verdict:
+    """The weakest verdict of the stages that were run; `not run` when none was."""
+    ran = [s.verdict for s in stages if s.verdict != "not run"]
+    return min(ran, key=_WEAKEST_FIRST.index, default="not run")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal, read in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuses a destination that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: It exists and `force` is not given; or it exists and is not a bundle, which `force` does not replace either.
+        IsthmusError: Its parent folder cannot be written.
+    """
+    if destination.is_symlink() or destination.exists():
+        if not force:
+            raise UsageError(f"the output {destination} exists", hint="give --force to replace it, or another -o")
+        if not (destination / MANIFEST).is_file() and (not destination.is_dir() or any(destination.iterdir())):
+            raise UsageError(
+                f"the output {destination} exists and is not a bundle, so --force does not replace it",
+                hint="remove it yourself, or give another -o",
+            )
+    parent = destination.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise IsthmusError(f"cannot write into {parent}: {error.strerror}", hint="give a folder that you can write with -o") from error
+
+
+@contextlib.contextmanager
+def writing(destination: Path, *, force: bool) -> Iterator[Path]:
+    """Gives a folder to write the bundle's files into, and puts it in place of `destination` when the block ends well.
+
+    A block that raises leaves no trace. A process that is killed leaves a hidden folder (`.NAME.PID.partial`) without a manifest, which
+    the next export to the same destination removes.
+
+    Raises:
+        UsageError, IsthmusError: See `check_destination`; and when the disk is full.
+    """
+    check_destination(destination, force=force)
+    destination = destination.absolute()
+    _remove_leftovers(destination)
+    partial = destination.parent / f".{destination.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir()
+        yield partial
+        if destination.exists() or destination.is_symlink():
+            # A folder cannot be replaced in one step: the old one steps aside, and comes back if the rename fails.
+            aside = destination.parent / f".{destination.name}.{os.getpid()}.replaced"
+            destination.rename(aside)
+            try:
+                partial.rename(destination)
+            except OSError:
+                aside.rename(destination)
+                raise
+            shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
+        else:
+            partial.rename(destination)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(destination.parent).free
+            raise IsthmusError(
+                f"cannot write the bundle into {destination.parent}: {error.strerror} ({free / 2**20:.0f} MiB free)",
+                hint="free some space, or give a folder on another disk with -o",
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftovers(destination: Path) -> None:
+    for folder in destination.parent.glob(f".{destination.name}.*.partial"):
+        pid = folder.name.removesuffix(".partial").rsplit(".", 1)[-1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hashes every file of `folder` and writes `manifest.json`, the last file of a bundle. Returns the manifest with the hashes."""
+    files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
+    complete = manifest.model_copy(update={"files": files})
+    (folder / MANIFEST).write_text(complete.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+    return complete
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of the bundle in `folder`; checks nothing but its form.
+
+    Raises:
+        UsageError: The folder is not there or holds no manifest.
+        IntegrityError: The manifest is not one that this version understands.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a bundle: it holds no {MANIFEST}", hint="give the folder that `isthmus export -o` wrote")
+    if path.stat().st_size > 64 * 2**20:
+        raise IntegrityError(f"{path} is larger than 64 MiB and was not read")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise IntegrityError(
+            f"{path} is not a manifest of schema {SCHEMA_VERSION}: {where}: {first['msg']}", hint="export again"
+        ) from error
+    if manifest.schema_ != SCHEMA_VERSION:
+        raise IntegrityError(
+            f"{path} has schema {manifest.schema_}, expected {SCHEMA_VERSION}", hint="export again with this version of isthmus"
+        )
+    return manifest
+
+
+def check_integrity(folder: Path, manifest: Manifest) -> None:
+    """Compares every file of the bundle with its manifest.
+
+    Raises:
+        IntegrityError: Files are changed, missing or additional, or a path leads out of the bundle; all are listed.
+    """
+    reasons = []
+    root = folder.resolve()
+    for name, expected in manifest.files.items():
+        pure = PurePosixPath(name)
+        path = folder / pure
+        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root):
+            reasons.append(Reason("the path leads out of the bundle", where=name))
+        elif not path.is_file():
+            reasons.append(Reason("the file is missing", where=name))
+        elif (got := sha256_of(path)) != expected:
+            reasons.append(Reason(f"sha256 is {got}, expected {expected}", where=name))
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    reasons += [Reason("the file is not in the manifest", where=name) for name in sorted(present - set(manifest.files))]
+    if reasons:
+        raise IntegrityError(f"the bundle {folder} is not what its manifest says", reasons=reasons, hint="export again, or copy it again")
+
+
+def write_cases(path: Path, cases: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]) -> None:
+    """Writes tensors of several cases to one `.npz`, keys `case/name`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{case}/{name}": array for case, tensors in cases.items() for name, array in tensors.items()}
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def read_cases(path: Path, *, limit_bytes: int = 16 * 2**30) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    """Reads what `write_cases` wrote: case to name to array, in the order written.
+
+    Raises:
+        IntegrityError: The file is damaged, larger than `limit_bytes` unpacked, or holds a pickled object.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > limit_bytes:
+            raise IntegrityError(f"{path} unpacks to {size} bytes, expected at most {limit_bytes}")
+        cases: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+        with np.load(path, allow_pickle=False) as data:
+            for key in data.files:
+                case, _, name = key.partition("/")
+                cases.setdefault(case, {})[name] = data[key]
+    except (ValueError, OSError, zipfile.BadZipFile, KeyError) as error:
+        raise IntegrityError(f"{path} cannot be read as tensors: {error}", hint="export again") from error
+    return cases

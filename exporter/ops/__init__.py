@@ -1,0 +1,1 @@
+"""The custom operators, one folder each."""

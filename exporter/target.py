@@ -1,0 +1,148 @@
+"""Something that models are exported to: `Target`, and the `register_target` decorator.
+
+A target is one folder under `targets/`. Its module imports no SDK at the top: every target lists on every machine, and says through
+`capabilities` what it can do on this one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from .errors import Reason
+from .registry import Registry
+from .runner import Runner
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from .bundle import Manifest
+
+O = TypeVar("O", bound=BaseModel)  # noqa: E741 - the options of a target
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What this machine can do for a target.
+
+    Attributes:
+        name: `lower`, `build` or `verify`.
+        available: True when it works here.
+        detail: What was found (a version), or what is missing.
+        fix: What to install, when it is not available.
+    """
+
+    name: str
+    available: bool
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Job(Generic[O]):
+    """What a target is asked to lower.
+
+    Attributes:
+        program: The traced PyTorch program.
+        model: The same as ONNX, after the target-independent passes. Not to be changed in place: a target that rewrites makes a copy.
+        precision: One of the target's `precisions`.
+        options: The target's own options.
+        cases: Input tensors by case name (`example`, `second`, …), each in the order of `forward`.
+    """
+
+    program: torch.export.ExportedProgram
+    model: ir.Model
+    precision: str
+    options: O
+    cases: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target wrote.
+
+    Attributes:
+        device: What the artifact is for, in words (`any ONNX Runtime`, `NVIDIA H100 (sm_90)`).
+        notes: Facts for the report, in sentences.
+        details: Figures for the manifest (node counts, islands, …), JSON values only.
+    """
+
+    device: str
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A way to execute a written artifact, and so to verify it.
+
+    Attributes:
+        name: One of the bundle's stage names (`onnx`, `quantized`, `plan`, `mil`, `coreai`, `device`).
+        open: Makes the runner, or None when this machine cannot run the stage.
+        reason: Why it cannot; empty when it can.
+    """
+
+    name: str
+    open: Callable[[], Runner] | None
+    reason: str = ""
+
+
+class Target(ABC, Generic[O]):
+    """Something that models are exported to.
+
+    Class attributes:
+        name: The registered name.
+        summary: One line for people.
+        precisions: What `--precision` may ask for; the first is the default.
+        opsets: The ONNX opsets that the lowering accepts; the first is the default.
+        Options: The target's own options, a pydantic model whose fields become command line options.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+    opsets: ClassVar[tuple[int, ...]]
+    Options: ClassVar[type[BaseModel]]
+
+    @abstractmethod
+    def capabilities(self) -> list[Capability]:
+        """What this machine can lower, build and verify for this target. Imports the SDK, never raises."""
+
+    @abstractmethod
+    def unsupported(self, job: Job[O]) -> list[Reason]:
+        """Every reason why the target cannot take the model; empty when it can."""
+
+    @abstractmethod
+    def lower(self, job: Job[O], folder: Path) -> Lowered:
+        """Writes the artifact's files into `folder`, which exists and is empty of them.
+
+        Raises:
+            IsthmusError: Lowering failed.
+        """
+
+    @abstractmethod
+    def stages(self, folder: Path, manifest: Manifest) -> list[Stage]:
+        """The stages at which the artifact in `folder` can be executed, in order."""
+
+
+TARGETS: Registry[type[Target[BaseModel]]] = Registry("target", "targets", "register_target")
+
+C = TypeVar("C", bound=type[Target])  # type: ignore[type-arg]
+
+
+def register_target(name: str, *, summary: str) -> Callable[[C], C]:
+    """Registers a target class. `name` and `summary` must be literals (see `registry`)."""
+
+    def decorate(cls: C) -> C:
+        cls.name = name
+        cls.summary = summary
+        TARGETS.register(name, cls)
+        return cls
+
+    return decorate
