@@ -17,11 +17,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -42,7 +43,7 @@ could not be executed although it should (see the reason); executed here and out
 
 _WEAKEST_FIRST: tuple[Verdict, ...] = ("failed", "blocked", "lowered", "built", "verified")
 
-# JSON has no inf: a perfect match has an infinite PSNR, which is written as the string "inf".
+# JSON has neither inf nor nan: they are written as the strings "inf", "-inf" and "nan". A perfect match has an infinite PSNR.
 Decibel = Annotated[float, PlainSerializer(lambda x: x if np.isfinite(x) else str(x), when_used="json")]
 
 
@@ -67,6 +68,7 @@ class OutputMetrics(_Strict):
         psnr_db: 20 log10(range / rms(error)), dB.
         problem: Why the numbers cannot be trusted (NaN, Inf, a different shape or dtype); empty when they can.
         histogram: Counts of log10(|error| / range) in bins of one decade, from `HISTOGRAM_EDGES`; the first also counts exact zeros.
+        excess: max of |error| / (atol + rtol |reference|), at most 1 within these bounds; None where neither was set.
     """
 
     case: str
@@ -82,6 +84,7 @@ class OutputMetrics(_Strict):
     psnr_db: Decibel
     problem: str = ""
     histogram: tuple[int, ...] = ()
+    excess: Decibel | None = None
 
 
 HISTOGRAM_EDGES: tuple[int, ...] = tuple(range(-9, 2))
@@ -97,6 +100,8 @@ class StageResult(_Strict):
         reason: Why the verdict is not `verified`; empty when it is.
         metrics: One row for each case and output.
         device: What executed it.
+        tolerance: The bounds that its outputs were held to; None for the manifest's.
+        sample_tolerance: The bounds that its pictures (case `samples`) were held to; None when there were none.
     """
 
     name: str
@@ -104,6 +109,8 @@ class StageResult(_Strict):
     reason: str = ""
     metrics: tuple[OutputMetrics, ...] = ()
     device: str = ""
+    tolerance: dict[str, float] | None = None
+    sample_tolerance: dict[str, float] | None = None
 
 
 class TensorInfo(_Strict):
@@ -119,7 +126,7 @@ class TensorInfo(_Strict):
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    range: tuple[float, float] | None = None
+    range: tuple[Decibel, Decibel] | None = None
 
 
 class WeightsInfo(_Strict):
@@ -129,6 +136,7 @@ class WeightsInfo(_Strict):
         origin: `shipped`, `file`, `random` or `module` (the caller's own module).
         path: The file's name, without its folder; empty where there is none.
         layout: `isthmus` or the foreign layout that was converted.
+        dtypes: Element types in the file, by safetensors' names (`F32`, `BF16`, …); floats are converted to the module's type.
         sha256: Of the file, or of the parameters' bytes where there is no file.
         parameters: Number of parameters and buffers' elements.
         bytes: Their size in bytes.
@@ -140,6 +148,7 @@ class WeightsInfo(_Strict):
     origin: Literal["shipped", "file", "random", "module"]
     path: str = ""
     layout: str = "isthmus"
+    dtypes: tuple[str, ...] = ()
     sha256: str = ""
     parameters: int = 0
     bytes: int = 0
@@ -192,10 +201,17 @@ class Manifest(_Strict):
     files: dict[str, str] = {}
 
 
-def weakest(stages: tuple[StageResult, ...]) -> Verdict:
-    """The weakest verdict of the stages that were run; `not run` when none was."""
-    ran = [s.verdict for s in stages if s.verdict != "not run"]
-    return min(ran, key=_WEAKEST_FIRST.index, default="not run")
+def weakest(stages: Iterable[StageResult]) -> Verdict:
+    """The weakest verdict of the stages that were run.
+
+    Stages of PyTorch itself say nothing of the artifact: when only they were run, the verdict is at most `lowered`; when none was, it
+    is `not run`.
+    """
+    ran = [s for s in stages if s.verdict != "not run"]
+    verdicts: list[Verdict] = [s.verdict for s in ran]
+    if ran and all(s.name in ("torch", "torch-dtype") for s in ran):
+        verdicts.append("lowered")
+    return min(verdicts, key=_WEAKEST_FIRST.index, default="not run")
 
 
 def sha256_of(path: Path) -> str:
@@ -284,6 +300,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return complete
 
 
+def replace_file(folder: Path, manifest: Manifest, name: str, content: bytes) -> Manifest:
+    """Replaces one file of a written bundle, and its hash in the manifest; every other hash stays as it is. Returns the new manifest."""
+    files = {**manifest.files, name: hashlib.sha256(content).hexdigest()}
+    complete = manifest.model_copy(update={"files": files})
+    text = complete.model_dump_json(by_alias=True, indent=2) + "\n"
+    for path, data in ((folder / name, content), (folder / MANIFEST, text.encode())):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    return complete
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of the bundle in `folder`; checks nothing but its form.
 
@@ -350,8 +378,11 @@ def read_cases(path: Path, *, limit_bytes: int = 16 * 2**30) -> dict[str, dict[s
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(info.file_size for info in archive.infolist())
-        if size > limit_bytes:
-            raise IntegrityError(f"{path} unpacks to {size} bytes, expected at most {limit_bytes}")
+            if size > limit_bytes:
+                raise IntegrityError(f"{path} unpacks to {size} bytes, expected at most {limit_bytes}")
+            for info in archive.infolist():  # numpy allocates what the header says before it reads
+                if (needed := _array_bytes(archive, info)) > info.file_size:
+                    raise IntegrityError(f"{path}: {info.filename} says {needed} bytes and holds {info.file_size}", hint="export again")
         cases: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
         with np.load(path, allow_pickle=False) as data:
             for key in data.files:
@@ -360,3 +391,11 @@ def read_cases(path: Path, *, limit_bytes: int = 16 * 2**30) -> dict[str, dict[s
     except (ValueError, OSError, zipfile.BadZipFile, KeyError) as error:
         raise IntegrityError(f"{path} cannot be read as tensors: {error}", hint="export again") from error
     return cases
+
+
+def _array_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)  # type: ignore[no-untyped-call]
+        read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        return int(math.prod(shape) * dtype.itemsize)

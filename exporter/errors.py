@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,13 @@ class IntegrityError(IsthmusError):
 
 
 class AccuracyError(IsthmusError):
-    """The artifact was written, and at least one stage is outside its tolerance."""
+    """The artifact was written, and at least one stage is outside its tolerance. `result` is what the call would have returned."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "", reasons: Iterable[Reason] = (), result: Any = None) -> None:
+        super().__init__(message, hint=hint, reasons=reasons)
+        self.result = result
 
 
 class UnsupportedError(IsthmusError):

@@ -47,6 +47,15 @@ class SizeRange:
 
 
 @dataclass(frozen=True)
+class Dynamic:
+    """A dynamic axis that the user asked for: `--dynamic input:axis=min,opt,max`."""
+
+    input: str
+    axis: int
+    range: SizeRange
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """How far an output may be from the PyTorch reference. Every bound that is set must hold, on every output of every case.
 
@@ -71,11 +80,14 @@ class StateDictLayout:
         name: What the layout is called, e.g. `diffusers`.
         matches: True for the set of keys of such a file.
         convert: From such a state dict to ours; keys that it does not know are passed through, so that they are reported as unexpected.
+            Called first with tensors on the meta device, to compare keys and shapes before anything is read.
+        config: What the `config.json` beside such weights must say for this model. A key that is absent there counts as not set.
     """
 
     name: str
     matches: Callable[[frozenset[str]], bool]
     convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,14 @@ class Job(Generic[O]):
         model: The same as ONNX, after the target-independent passes. Not to be changed in place: a target that rewrites makes a copy.
         precision: One of the target's `precisions`.
         options: The target's own options.
-        cases: Input tensors by case name (`example`, `second`, …), each in the order of `forward`.
+        peaks: Module path to the largest |value| that the module computed on the example inputs; empty in fp32.
     """
 
     program: torch.export.ExportedProgram
     model: ir.Model
     precision: str
     options: O
-    cases: Mapping[str, Mapping[str, torch.Tensor]]
+    peaks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ class Stage:
         name: One of the bundle's stage names (`onnx`, `quantized`, `plan`, `mil`, `coreai`, `device`).
         open: Makes the runner, or None when this machine cannot run the stage.
         reason: Why it cannot; empty when it can.
+        required: The user asked for this stage by name: a machine that cannot run it is an error, not a `not run`.
     """
 
     name: str
     open: Callable[[], Runner] | None
     reason: str = ""
+    required: bool = False
 
 
 class Target(ABC, Generic[O]):
@@ -113,6 +115,14 @@ class Target(ABC, Generic[O]):
     @abstractmethod
     def capabilities(self) -> list[Capability]:
         """What this machine can lower, build and verify for this target. Imports the SDK, never raises."""
+
+    @abstractmethod
+    def check_machine(self, options: O) -> None:
+        """Refuses options that ask for what this machine lacks, before any work is done.
+
+        Raises:
+            MachineError: An option asks for hardware or a toolchain that is not here.
+        """
 
     @abstractmethod
     def unsupported(self, job: Job[O]) -> list[Reason]:

@@ -1,3 +1,22 @@
-"""isthmus carries PyTorch image-generation models to the hardware that serves them."""
+"""isthmus carries PyTorch image-generation models to the hardware that serves them, and measures every artifact against PyTorch.
+
+The functions and results of `isthmus.pipeline` are available here; they are imported, with torch, when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isthmus.pipeline import ExportResult, VerifyResult, export, inspect, report, verify
 
 __version__ = "0.1.0"
+__all__ = ["ExportResult", "VerifyResult", "__version__", "export", "inspect", "report", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from isthmus import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'isthmus' has no attribute {name!r}")

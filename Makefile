@@ -1,0 +1,66 @@
+# Every target sets up what it needs: on a fresh machine `make demo` and `make test` are enough.
+
+PYTHON ?= python3
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PARITY_READY := $(PARITY_VENV)/.ready
+PARITY_REQUIREMENTS := tests/parity/requirements.txt
+
+# The folders are reached through src/isthmus/, where relative imports are what they will be in the wheel.
+SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py pipeline.py cli.py exporter targets models calibration) tests benchmarks training)
+
+.PHONY: help demo test check parity bench clean
+
+help:
+	@echo "make demo     set up, export dit-digits to ONNX Runtime, and print where its report is"
+	@echo "make test     set up, run all tests"
+	@echo "make check    ruff (lint and format), mypy, import-linter"
+	@echo "make parity   compare the models with diffusers', in an environment of their own"
+	@echo "make bench    run the benchmarks; BENCH_ARGS=--quick for a small run"
+	@echo "make clean    remove the environments, outputs and caches"
+
+demo: $(READY)
+	$(BIN)/isthmus export dit-digits --target onnxruntime -o out/dit-digits --force
+	@echo
+	@echo "The report, for a browser: $(CURDIR)/out/dit-digits/report.html"
+
+test: $(READY)
+	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+parity: $(PARITY_READY)
+	PYTHONPATH=src $(PARITY_VENV)/bin/python -m pytest -q --override-ini=filterwarnings=default tests/parity
+
+bench: $(READY)
+	@set -e; for file in $(wildcard benchmarks/*.py); do echo "$$file" >&2; $(BIN)/python $$file $(BENCH_ARGS); done
+
+clean:
+	rm -rf $(VENV) $(PARITY_VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not a Python of version 3.11 or later. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(1) || \
+		{ echo "error: $(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt pip
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu]' --group dev
+	@touch $@
+
+$(PARITY_READY): $(PARITY_REQUIREMENTS) constraints.txt
+	$(call make_venv,$(PARITY_VENV))
+	$(PARITY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(PARITY_REQUIREMENTS)
+	@touch $@

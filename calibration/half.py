@@ -1,0 +1,137 @@
+"""PyTorch in the target dtype, on a machine whose PyTorch computes in float32.
+
+`torch.autocast` on a CPU runs float16 convolutions some 80 times slower than float32 ones, so the rounding is emulated: values are rounded
+to the dtype and back where PyTorch's autocast would hold them in it, products accumulate in float32 as tensor cores do. What this stage
+shows is the error that the dtype alone costs, before any lowering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+# torch.autocast's lists (torch 2.13, aten/src/ATen/autocast_mode.h): what runs in the lower precision, and what is kept in float32.
+_LOWER = (
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "scaled_dot_product_attention",
+    "einsum",
+)
+_FLOAT32 = (
+    "layer_norm native_layer_norm rms_norm group_norm native_group_norm instance_norm batch_norm softmax log_softmax _softmax exp exp2 "
+    "expm1 log log2 log10 log1p pow rsqrt sqrt reciprocal sum mean prod norm linalg_vector_norm cumsum cumprod var std sin cos tan softplus "
+    "logsumexp div"
+).split()
+
+
+def module_peaks(program: torch.export.ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, dict[str, float]]:
+    """Runs the program in float32 and records the largest |value| that each module computes itself.
+
+    Args:
+        program: The traced program.
+        inputs: Its inputs, in order.
+
+    Returns:
+        The program's outputs, and module path to peak; the path of the outermost module is the empty string.
+    """
+    interpreter = _Peaks(program.module())
+    with torch.no_grad():
+        return interpreter.run(*inputs), interpreter.peaks
+
+
+def run_rounded(
+    program: torch.export.ExportedProgram, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype, keep_modules: Collection[str] = ()
+) -> Any:
+    """Runs the program with values rounded to `dtype` as `torch.autocast` would hold them.
+
+    Args:
+        program: The traced program, in float32.
+        inputs: Its inputs, in order, not rounded.
+        dtype: `torch.float16` or `torch.bfloat16`.
+        keep_modules: Module paths that stay in float32.
+
+    Returns:
+        The program's outputs, in float32.
+    """
+    with torch.no_grad():
+        return _Rounded(program.module(), dtype, frozenset(keep_modules)).run(*inputs)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the PyTorch module whose `forward` made this node, `""` for the outermost."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("L['self']").lstrip(".")
+
+
+class _Peaks(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.peaks: dict[str, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function":
+            for value in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+                    path = module_path(n)
+                    finite = torch.nan_to_num(value.detach(), nan=0.0, posinf=0.0, neginf=0.0)  # a mask's infinity is no activation
+                    self.peaks[path] = max(self.peaks.get(path, 0.0), float(finite.abs().max()))
+        return result
+
+
+class _Rounded(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, keep: frozenset[str]) -> None:
+        super().__init__(module)
+        self._dtype = dtype
+        self._keep = keep
+        self._low: set[fx.Node] = set()  # nodes whose value is held in the dtype
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "get_attr" and _is_float(result):
+            self._low.add(n)  # weights are stored in the dtype; see fetch_args_kwargs_from_env
+        if n.op != "call_function" or not _is_float(result) or module_path(n) in self._keep:
+            return result
+        name = getattr(n.target, "__name__", str(n.target)).split(".")[0]
+        floats = [a for a in n.all_input_nodes if _is_float(a.meta.get("val"))]
+        if name in _FLOAT32 or isinstance(n.target, torch._ops.HigherOrderOperator):
+            return result
+        if name in _LOWER or (floats and all(a in self._low for a in floats)):
+            self._low.add(n)
+            return self._round(result)
+        return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """Rounds weights where they are used: rounded where they are fetched, all of them would be held at once."""
+
+        def fetch(node: fx.Node) -> Any:
+            value = self.env[node]
+            return self._round(value) if node.op == "get_attr" and _is_float(value) and module_path(n) not in self._keep else value
+
+        return fx.map_arg(n.args, fetch), fx.map_arg(n.kwargs, fetch)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(target, "__name__", str(target)).split(".")[0]
+        if name in _LOWER:
+            args = tuple(self._round(a) if _is_float(a) else a for a in args)
+            kwargs = {k: self._round(v) if _is_float(v) else v for k, v in kwargs.items()}
+        return super().call_function(target, args, kwargs)
+
+    def _round(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self._dtype).to(value.dtype)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32

@@ -1,0 +1,312 @@
+"""The accuracy report of a bundle: `report.json` for programs, `report.html` for people.
+
+Both say the same. The page is one file: styles inside, pictures as `data:` URIs, no script, and a content security policy that forbids
+the browser to fetch anything. `write_report` runs before the manifest is written, which then hashes its files; `render` makes the page
+again from `manifest.json`, `report.json` and the pictures under `report/`, byte for byte the same while these are.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Manifest, OutputMetrics, Verdict, read_manifest
+from ..exporter.errors import IntegrityError
+from ..exporter.spec import Samples, Tolerance
+from .figures import amplification, write_png
+from .metrics import compare, misses
+from .wording import FILTERS, headline, tolerance_of
+
+JSON = "report.json"
+HTML = "report.html"
+MAX_PICTURES = 16
+"""Rows of the picture grid; further samples count in the PSNR and are not shown."""
+
+_PICTURES_A_LINE = 10
+_MAX_JSON = 64 * 2**20
+_MAX_PNG = 64 * 2**20
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The same pictures, drawn from the same seed by PyTorch and by the artifact.
+
+    Attributes:
+        reference: PyTorch's.
+        candidate: The artifact's; the same number, size and captions.
+    """
+
+    reference: Samples
+    candidate: Samples
+
+    def __post_init__(self) -> None:
+        if self.reference.images.shape != self.candidate.images.shape or self.reference.images.ndim not in (3, 4):
+            got = f"{self.reference.images.shape} and {self.candidate.images.shape}"
+            raise ValueError(f"pictures need two equal shapes (N, H, W) or (N, H, W, 3), got {got}")
+        if self.reference.captions != self.candidate.captions or len(self.reference.captions) != len(self.reference.images):
+            raise ValueError(f"{len(self.reference.images)} pictures need as many captions, equal on both sides")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# The paths come from a file: a pattern and not just any path, so that a report cannot show a file from elsewhere.
+_PicturePath = Annotated[str, Field(pattern=r"\Areport/[0-9]{2}-(pytorch|artifact|difference)\.png\z")]
+
+
+class PictureRow(_Strict):
+    """One sample: its caption, and the files of its three pictures."""
+
+    caption: str
+    pytorch: _PicturePath
+    artifact: _PicturePath
+    difference: _PicturePath
+
+
+class PictureGrid(_Strict):
+    """The samples that are shown.
+
+    Attributes:
+        rows: At most `MAX_PICTURES`.
+        count: How many samples were drawn and measured.
+        amplification: What |artifact - PyTorch| is multiplied by to be seen.
+        metrics: Of all samples together, end to end.
+    """
+
+    rows: tuple[PictureRow, ...]
+    count: int
+    amplification: float
+    metrics: OutputMetrics
+
+
+class MissedBound(_Strict):
+    """A bound of the tolerance that an output does not keep.
+
+    Attributes:
+        stage: The stage's name.
+        case: The case's name.
+        output: The output's name.
+        metric: The field of its metrics.
+        what: Got and expected.
+    """
+
+    stage: str
+    case: str
+    output: str
+    metric: str
+    what: str
+
+
+class Report(Manifest):
+    """The contents of `report.json`: the manifest without the hashes of the files, and what else the page shows.
+
+    Attributes:
+        headline: The verdict in one sentence.
+        missed: Every bound that an output does not keep.
+        histogram_edges: See `HISTOGRAM_EDGES`.
+        pictures: The samples, where the model has a sampler.
+        warnings: Sentences that the page shows in red, above everything else.
+        notes: Sentences about the lowering.
+        facts: Further figures.
+        file_sizes: Path to bytes of the bundle's files, when the report was written.
+    """
+
+    headline: str
+    missed: tuple[MissedBound, ...]
+    histogram_edges: tuple[int, ...] = HISTOGRAM_EDGES
+    pictures: PictureGrid | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: dict[str, Any] = Field(default_factory=dict)
+    file_sizes: dict[str, int] = Field(default_factory=dict)
+
+
+def write_report(folder: Path, manifest: Manifest, *, pictures: Pictures | None = None, facts: Mapping[str, object] | None = None) -> None:
+    """Writes `report.json`, `report.html` and the pictures (`report/*.png`) into a bundle's folder.
+
+    Args:
+        folder: The bundle's folder, with the artifact's files in it and without a manifest.
+        manifest: What is going to be the manifest; its `files` are not used.
+        pictures: Samples of PyTorch and of the artifact from the same seed.
+        facts: What else to show. `warnings` and `notes` are sequences of sentences; everything else is listed by its key.
+    """
+    rest = dict(facts or {})
+    warnings, notes = (_sentences(rest.pop(key, ())) for key in ("warnings", "notes"))
+    report = _report(
+        manifest,
+        pictures=_write_pictures(folder, pictures) if pictures is not None else None,
+        warnings=warnings,
+        notes=notes,
+        facts=rest,
+        file_sizes=_file_sizes(folder),
+    )
+    # `fallback` so that a figure of an unforeseen type (a Path, a numpy scalar) is shown, and does not lose the whole report.
+    text = report.model_dump_json(by_alias=True, indent=2, exclude={"files"}, fallback=str)
+    (folder / JSON).write_text(text + "\n", encoding="utf-8")
+    # Of what was read back: the page is then the one that `render` makes.
+    (folder / HTML).write_text(_page(folder, _read(folder)), encoding="utf-8")
+
+
+def render(folder: Path) -> str:
+    """The page of a finished bundle, made again. What the manifest says by now (a stage run later, say) is what the page says.
+
+    Returns:
+        The HTML text. The bundle is left as it is: its manifest holds the hash of the page that it was written with.
+
+    Raises:
+        UsageError: `folder` is not a bundle.
+        IntegrityError: `report.json` or a picture is missing, damaged, or not what this version writes.
+    """
+    manifest, old = read_manifest(folder), _read(folder)
+    kept = {name: getattr(old, name) for name in ("pictures", "warnings", "notes", "facts", "file_sizes")}
+    return _page(folder, _report(manifest, **kept))
+
+
+def _report(manifest: Manifest, **rest: Any) -> Report:
+    fields = {name: getattr(manifest, name) for name in Manifest.model_fields if name not in ("schema_", "files")}
+    missed = [
+        MissedBound(stage=stage.name, case=m.case, output=m.output, metric=miss.metric, what=miss.text)
+        for stage in manifest.stages
+        for m in stage.metrics
+        for miss in misses(m, tolerance_of(manifest, stage, m))
+    ]
+    return Report(schema=manifest.schema_, **fields, headline=headline(manifest), missed=tuple(missed), **rest)
+
+
+def _sentences(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(item) for item in value) if isinstance(value, Sequence) else ()
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: p.stat().st_size for name, p in files.items() if name not in (MANIFEST, JSON, HTML) and not name.startswith("report/")}
+
+
+def _write_pictures(folder: Path, pictures: Pictures) -> PictureGrid:
+    reference, candidate = pictures.reference.images, pictures.candidate.images
+    with np.errstate(invalid="ignore"):  # Inf - Inf: such pixels are drawn as broken
+        difference = np.abs(candidate.astype(np.float64) - reference.astype(np.float64))
+    factor = amplification(difference)
+    rows = []
+    for i, caption in enumerate(pictures.reference.captions[:MAX_PICTURES]):
+        row = PictureRow(
+            caption=caption,
+            pytorch=f"report/{i:02d}-pytorch.png",
+            artifact=f"report/{i:02d}-artifact.png",
+            difference=f"report/{i:02d}-difference.png",
+        )
+        write_png(folder / row.pytorch, reference[i])
+        write_png(folder / row.artifact, candidate[i])
+        write_png(folder / row.difference, difference[i] * factor)
+        rows.append(row)
+    return PictureGrid(
+        rows=tuple(rows),
+        count=len(reference),
+        amplification=factor,
+        metrics=compare(reference, candidate, case="samples", output="images"),
+    )
+
+
+def _read(folder: Path) -> Report:
+    path = folder / JSON
+    if not path.is_file():
+        raise IntegrityError(f"{folder} holds no {JSON}", hint="export again")
+    if path.stat().st_size > _MAX_JSON:
+        raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_JSON}; it was not read")
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise IntegrityError(f"{path} is not a report: {where}: {first['msg']}", hint="export again") from error
+
+
+def _data_uri(folder: Path, name: str) -> str:
+    path = folder / name
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        raise IntegrityError(f"the report's picture {name} is missing from {folder}", hint="export again")
+    if path.stat().st_size > _MAX_PNG:
+        raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_PNG}; it was not read")
+    data = path.read_bytes()
+    if not data.startswith(_PNG_SIGNATURE):
+        raise IntegrityError(f"{path} is not a PNG file", hint="export again")
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+
+
+@dataclass(frozen=True)
+class _Histogram:
+    """One row of bars: how many elements of an output, over a stage's cases, have their |error| / range in each decade."""
+
+    stage: str
+    output: str
+    counts: tuple[int, ...]
+    bound: float | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def first_beyond(self) -> int | None:
+        """The first bin that lies beyond the bound altogether."""
+        if self.bound is None:
+            return None
+        return next((i + 1 for i, edge in enumerate(HISTOGRAM_EDGES) if 10.0**edge >= self.bound * (1 - 1e-9)), None)
+
+
+def _histograms(report: Report) -> list[_Histogram]:
+    found: dict[tuple[str, str], _Histogram] = {}
+    for stage in report.stages:
+        for m in stage.metrics:
+            if sum(m.histogram):
+                key = stage.name, f"{m.output} (samples)" if m.case == "samples" else m.output
+                old = found[key].counts if key in found else (0,) * len(m.histogram)
+                counts = tuple(a + b for a, b in zip(old, m.histogram, strict=True))
+                found[key] = _Histogram(*key, counts, tolerance_of(report, stage, m).max_relative)
+    return list(found.values())
+
+
+def _page(folder: Path, report: Report) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(FILTERS)
+    rows = report.pictures.rows if report.pictures else ()
+    lines = -(-len(rows) // _PICTURES_A_LINE) or 1  # lines of equal length, where 16 in lines of 10 would leave 6
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        tolerance=Tolerance(**report.tolerance),
+        tolerance_of=lambda stage, m: tolerance_of(report, stage, m),
+        missed={(m.stage, m.case, m.output, m.metric): m.what for m in report.missed},
+        histograms=_histograms(report),
+        images={name: _data_uri(folder, name) for row in rows for name in (row.pytorch, row.artifact, row.difference)},
+        pictures_a_line=-(-len(rows) // lines) or 1,
+        meanings=_MEANINGS,
+    )
+
+
+_MEANINGS: Mapping[Verdict, str] = {
+    "verified": "Executed here, within tolerance of PyTorch",
+    "built": "Accepted by the vendor's compiler here, not executed",
+    "lowered": "Static checks only, not executed",
+    "blocked": "Could not be executed although it should",
+    "failed": "Executed here, outside tolerance",
+    "not run": "Nothing is claimed",
+}

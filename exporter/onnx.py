@@ -1,0 +1,155 @@
+"""From a traced program to ONNX, as an `onnx_ir.Model`, and the checks that every written ONNX file has to pass.
+
+`torch.onnx.export` is called without its optimiser: that deletes `x + eps` for eps <= 1e-8 (torch 2.13.0 with onnxscript 0.7.2), after
+which diffusers' Sana and DC-AE export without an error and compute NaN. The passes of `exporter.passes` stand in its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import IsthmusError, Reason, UnsupportedError
+from .quiet import quiet
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+OPSETS = (23, 20, 21, 22, 24, 25)
+"""The opsets that torch.onnx.export writes correctly, the default first. It returns 26 to 28 with an opset-18 header and newer operators,
+and quietly turns 17 into 18. 23 is the first with Attention and RMSNormalization."""
+
+EXTERNAL_DATA_BYTES = 2**30
+"""Weights above this go to `model.onnx.data`. Protobuf itself ends at 2 GiB."""
+
+
+def to_onnx(
+    program: torch.export.ExportedProgram,
+    *,
+    opset: int,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dimension_names: Mapping[str, str] | None = None,
+) -> ir.Model:
+    """Translates a traced program. The initializers share memory with the program's weights.
+
+    Args:
+        program: The traced program.
+        opset: One of `OPSETS`.
+        input_names: Names of the inputs, in order.
+        output_names: Names of the outputs, in order.
+        dimension_names: torch's symbols to readable names, from `trace.dimension_names`.
+
+    Raises:
+        UnsupportedError: Operators without an ONNX translation, all of them listed by name and module.
+    """
+    import torch
+
+    try:
+        with quiet("torch.onnx"):
+            result = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                opset_version=opset,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedError(
+            "torch.onnx.export does not translate this program",
+            reasons=_untranslated(program) or [Reason(_innermost(error))],
+            hint="replace these operators by ones that ONNX has, or by several",
+        ) from error
+    assert result is not None
+    model = result.model
+    got = model.opset_imports.get("")
+    if got != opset:
+        raise IsthmusError(
+            f"torch.onnx.export wrote opset {got}, expected {opset}", hint=f"choose one of {', '.join(map(str, OPSETS))} with --opset"
+        )
+    _rename_dimensions(model, dimension_names or {})
+    return model
+
+
+def save(model: ir.Model, path: Path, *, bytes_of_weights: int) -> None:
+    """Writes `model` to `path`, one tensor at a time; weights above `EXTERNAL_DATA_BYTES` go to `path` + `.data` beside it."""
+    import onnx_ir as ir
+
+    external = f"{path.name}.data" if bytes_of_weights > EXTERNAL_DATA_BYTES else None
+    # One worker and a small window: parallel writers would hold that many converted copies of large weights at once.
+    ir.save(model, path, external_data=external, max_workers=1, max_in_flight_bytes=256 * 2**20)
+
+
+def check(path: Path, *, opset: int) -> None:
+    """Checks a written file: the opset asked for, and `onnx.checker` with full shape and type inference.
+
+    Raises:
+        IsthmusError: The file is not valid ONNX of that opset.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    got = {entry.domain: entry.version for entry in model.opset_import}
+    if got.get("") != opset:
+        raise IsthmusError(f"{path.name} has opset {got.get('')}, expected {opset}")
+    del model
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise IsthmusError(f"{path.name} is not valid ONNX: {error}", hint="this is a bug in the export; please report it") from error
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _untranslated(program: torch.export.ExportedProgram) -> list[Reason]:
+    """Every operator of the program that torch.onnx cannot translate, not only the first that stopped it.
+
+    Dispatching node by node needs torch's internal registry; torch 2.13 offers no public way to ask.
+    """
+    from torch.onnx._internal.exporter import _decomp, _dispatching, _registration
+
+    reasons: dict[str, Reason] = {}
+    with quiet("torch.onnx"):
+        registry = _registration.ONNXRegistry.from_torchlib()
+        table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
+        for node in program.run_decompositions(table).graph.nodes:
+            if node.op == "call_function" and hasattr(node.target, "_schema") and str(node.target) not in reasons:
+                function, message = _dispatching.dispatch(node, registry)
+                if function is None:
+                    scope = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+                    reasons[str(node.target)] = Reason(
+                        f"{node.target} has no ONNX translation ({message})", where=scope[-1] if scope else ""
+                    )
+    return list(reasons.values())
+
+
+def _rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
+    import onnx_ir as ir
+
+    if not names:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+
+    def rename(value: ir.Value | None) -> None:
+        if value is None or value.shape is None:
+            return
+        dims = [
+            pattern.sub(lambda m: names[m[0]], dim.value) if isinstance(dim, ir.SymbolicDim) and dim.value is not None else dim
+            for dim in value.shape
+        ]
+        value.shape = ir.Shape(dims)
+
+    for value in model.graph.inputs:
+        rename(value)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.outputs:
+            rename(value)

@@ -1,0 +1,301 @@
+"""Lowers a float32 graph to float16, with islands of float32 where float16 is not enough."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Collection, Iterable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from .scope import module_of
+
+FLOAT16_MAX = 65504.0
+_SMALLEST_NORMAL = 6.104e-5  # below this float16 loses bits, and below 6e-8 it is zero: an epsilon must not end there
+
+_HEAVY = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"})
+"""Where the time goes: always float16 unless a value leaves its range, accumulated in float32 by every target."""
+
+_NORMS = frozenset(
+    {"LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization", "LpNormalization"}
+)
+_SUMS = frozenset(
+    {"ReduceSum", "ReduceMean", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceLogSumExp", "ReduceLogSum", "CumSum"}
+)
+_CURVES = frozenset({"Exp", "Log", "Softplus", "Sin", "Cos", "Tan"})
+_STEEP = frozenset({"Pow", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax"})
+
+_MOVES = frozenset(
+    """Reshape Transpose Squeeze Unsqueeze Slice Split Concat Gather Expand Pad Flatten Identity Tile GatherND GatherElements
+    ScatterND Where DepthToSpace SpaceToDepth""".split()
+)
+_ELEMENTWISE = frozenset("Add Sub Mul Neg Abs Relu Min Max Clip Sum Cast CastLike Sigmoid".split())
+
+_SMALL = 16
+"""Elements up to which a constant is taken for an epsilon or a mask's value, and not for a weight."""
+
+PRECISION = "isthmus.precision"
+"""Metadata property of the nodes that stay in float32."""
+
+
+class ToFloat16(ir.passes.InPlacePass):
+    """Lowers float32 to float16, keeping islands of float32.
+
+    Inputs and outputs of the graph keep their types. A node stays in float32 when it
+
+    1. normalises, sums, or takes an exponential, logarithm, power, root, sine or softmax;
+    2. has a small constant that float16 cannot hold (an epsilon of 1e-6), or a weight beyond 65504;
+    3. belongs to a module in which a value beyond float16's range was seen;
+    4. feeds a sine, cosine, exponential or softplus through elementwise operators (the angle of a timestep embedding needs more than
+       float16's 11 bits), or continues an exponential through them (the decay and the state of a scan);
+    5. is one of the products that a division normalises afterwards (linear attention sums over all tokens before it divides);
+    6. stands between such nodes only, so that nothing is gained by two casts.
+
+    Given::
+
+        h = MatMul(x, w)
+        y = Softmax(h)
+
+    Result::
+
+        x_f16 = Cast<to=FLOAT16>(x)
+        h = MatMul(x_f16, w)              # w stored as float16
+        h_f32 = Cast<to=FLOAT>(h)
+        y = Softmax(h_f32)
+
+    Args:
+        keep_modules: PyTorch module paths whose nodes stay in float32 (rule 3).
+    """
+
+    def __init__(self, keep_modules: Collection[str] = ()) -> None:
+        self._keep_modules = frozenset(keep_modules)
+        self._half = 0
+        self._single = 0
+
+    def summary(self) -> str:
+        """One sentence on what the last call did."""
+        return f"{self._half} floating point nodes compute in fp16, {self._single} stay in fp32 (norms, softmax, accumulations, overflow)"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Changes the model in place."""
+        """Rewrites the main graph. Nodes with subgraphs, and calls of functions, stay in float32 as a whole."""
+        graph = model.graph
+        opset = model.opset_imports.get("", 1)
+        floating = [node for node in graph if _touches_float(node)]
+        single = self._islands(floating, opset)
+        casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        half_weights: dict[ir.Value, ir.Value] = {}
+        outputs = {value: i for i, value in enumerate(graph.outputs)}
+
+        for node in floating:
+            if node in single:
+                node.metadata_props[PRECISION] = "float32"
+        self._single = len(single)
+        self._half = len(floating) - len(single)
+        for node in floating:
+            half = node not in single
+            accepts = _half_inputs(node, opset) if half else frozenset()
+            for i, value in enumerate(node.inputs):
+                if value is None:
+                    continue
+                if half and i in accepts and value.dtype == ir.DataType.FLOAT:
+                    if value.is_initializer():
+                        node.replace_input_with(i, _half_weight(value, graph, half_weights))
+                    else:
+                        node.replace_input_with(i, _cast(value, ir.DataType.FLOAT16, node, graph, casts))
+                elif value.dtype == ir.DataType.FLOAT16 and not (half and i in accepts):
+                    node.replace_input_with(i, _cast(value, ir.DataType.FLOAT, node, graph, casts))
+            if half:
+                if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
+                    node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
+                if node.op_type == "Attention":
+                    node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", int(ir.DataType.FLOAT))
+                for value in node.outputs:
+                    if value.dtype == ir.DataType.FLOAT:
+                        # A new type: Model.clone shares the type objects, and setting `dtype` would change the original too.
+                        value.type = ir.TensorType(ir.DataType.FLOAT16)
+        for value, i in outputs.items():
+            if value.dtype == ir.DataType.FLOAT16:
+                _restore_output(graph, i, value)
+        for weight, lowered in half_weights.items():
+            if not weight.uses() and weight.name is not None and lowered.name is not None:
+                del graph.initializers[weight.name]
+                del graph.initializers[lowered.name]
+                lowered.name = weight.name
+                graph.initializers[weight.name] = lowered
+        return ir.passes.PassResult(model, modified=bool(floating))
+
+    def _islands(self, floating: list[ir.Node], opset: int) -> set[ir.Node]:
+        single = {node for node in floating if self._stays(node, opset)}
+        known = set(floating)
+        for node in list(single):
+            if node.op_type in _CURVES:
+                _spread(node, single, known, _producers, lambda n: n.op_type in _ELEMENTWISE | _MOVES | {"Div"} | _CURVES)
+            if node.op_type == "Exp":
+                _spread(node, single, known, _consumers, lambda n: n.op_type in _ELEMENTWISE | _MOVES | {"Div"})
+            if node.op_type in ("Div", "Reciprocal"):
+                _spread(node, single, known, _producers, _is_unnormalised_product)
+        grown = True
+        while grown:
+            between = {
+                node
+                for node in floating
+                if node not in single
+                and node.op_type in _ELEMENTWISE | _MOVES
+                and _all_in(_producers(node), single)
+                and _all_in(_consumers(node), single)
+            }
+            grown = bool(between)
+            single |= between
+        return single
+
+    def _stays(self, node: ir.Node, opset: int) -> bool:
+        if node.domain != "" or any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+            return True
+        if not _may_be_half(node, opset) or module_of(node) in self._keep_modules:
+            return True
+        if node.op_type in _NORMS | _SUMS | _CURVES | _STEEP:
+            return True
+        if node.op_type == "Div" and node.inputs[1] is not None and not node.inputs[1].is_initializer():
+            return True
+        return any(_is_beyond_half(value) for value in node.inputs)
+
+
+def _touches_float(node: ir.Node) -> bool:
+    return any(v is not None and v.dtype == ir.DataType.FLOAT for v in (*node.inputs, *node.outputs))
+
+
+def _producers(node: ir.Node) -> list[ir.Node]:
+    return [p for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT and (p := v.producer()) is not None]
+
+
+def _consumers(node: ir.Node) -> list[ir.Node]:
+    return [user for v in node.outputs if v.dtype == ir.DataType.FLOAT for user, _ in v.uses()]
+
+
+def _all_in(nodes: list[ir.Node], single: set[ir.Node]) -> bool:
+    return bool(nodes) and all(node in single for node in nodes)
+
+
+def _spread(
+    start: ir.Node,
+    single: set[ir.Node],
+    known: set[ir.Node],
+    step: Callable[[ir.Node], Iterable[ir.Node]],
+    through: Callable[[ir.Node], bool],
+) -> None:
+    queue, seen = collections.deque([start]), {start}
+    while queue:
+        for node in step(queue.popleft()):
+            if node in known and node not in seen and through(node):
+                seen.add(node)
+                single.add(node)
+                queue.append(node)
+
+
+def _is_unnormalised_product(node: ir.Node) -> bool:
+    if node.op_type in _MOVES | {"Add", "Mul"}:
+        return True
+    # A product of two activations; a product with a weight is an ordinary layer and stays in float16.
+    return node.op_type == "MatMul" and all(value is not None and not value.is_initializer() for value in node.inputs)
+
+
+def _is_beyond_half(value: ir.Value | None) -> bool:
+    if value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
+        return False
+    array = value.const_value.numpy()
+    if array.size == 0:
+        return False
+    if array.size <= _SMALL:
+        magnitude = np.abs(array)
+        finite = magnitude[np.isfinite(magnitude)]  # an infinite constant is a mask; it is infinite in float16 as well
+        if bool(((finite > 0) & (finite < _SMALLEST_NORMAL)).any()):
+            return True
+        return finite.size > 0 and float(finite.max()) > FLOAT16_MAX
+    # A large weight is looked at without a copy of it.
+    return max(float(array.max()), -float(array.min())) > FLOAT16_MAX
+
+
+def _formal_types(node: ir.Node, opset: int) -> tuple[list[set[str]], list[set[str]]] | None:
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return None
+
+    def expand(formal: list[onnx.defs.OpSchema.FormalParameter], count: int) -> list[set[str]]:
+        return [set(formal[min(i, len(formal) - 1)].types) for i in range(count)] if formal else []
+
+    return expand(list(schema.inputs), len(node.inputs)), expand(list(schema.outputs), len(node.outputs))
+
+
+def _may_be_half(node: ir.Node, opset: int) -> bool:
+    types = _formal_types(node, opset)
+    if types is None or node.op_type in ("Constant", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike"):
+        return False
+    return all(
+        "tensor(float16)" in allowed for value, allowed in zip(node.outputs, types[1], strict=True) if value.dtype == ir.DataType.FLOAT
+    )
+
+
+def _half_inputs(node: ir.Node, opset: int) -> frozenset[int]:
+    types = _formal_types(node, opset)
+    return frozenset(i for i, allowed in enumerate(types[0]) if "tensor(float16)" in allowed) if types else frozenset()
+
+
+def _half_weight(value: ir.Value, graph: ir.Graph, made: dict[ir.Value, ir.Value]) -> ir.Value:
+    if value not in made:
+        tensor = value.const_value
+        assert tensor is not None
+        name = f"{value.name}.float16"
+
+        # Lazily, and not cached: a second copy of all weights is never held.
+        def convert(tensor: ir.TensorProtocol = tensor, name: str = name) -> ir.TensorProtocol:
+            return ir.tensor(tensor.numpy().astype(np.float16), name=name)
+
+        shape = ir.Shape(tensor.numpy().shape)
+        half = ir.LazyTensor(convert, dtype=ir.DataType.FLOAT16, shape=shape, name=name, cache=False)
+        made[value] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=half)
+        graph.register_initializer(made[value])
+    return made[value]
+
+
+def _cast(
+    value: ir.Value, to: ir.DataType, before: ir.Node, graph: ir.Graph, made: dict[tuple[ir.Value, ir.DataType], ir.Value]
+) -> ir.Value:
+    if (value, to) not in made:
+        producer = value.producer()
+        # Back to the type that it was cast from: take the original.
+        if (
+            producer is not None
+            and producer.op_type == "Cast"
+            and producer.metadata_props.get("isthmus.cast")
+            and producer.inputs[0] is not None
+        ):
+            return producer.inputs[0]
+        suffix = "f16" if to == ir.DataType.FLOAT16 else "f32"
+        node = ir.node("Cast", [value], attributes={"to": int(to)}, name=f"{value.name}.{suffix}")
+        node.metadata_props.update((producer or before).metadata_props)
+        node.metadata_props.pop(PRECISION, None)
+        node.metadata_props["isthmus.cast"] = suffix
+        output = node.outputs[0]
+        output.name, output.dtype, output.shape = f"{value.name}.{suffix}", to, value.shape
+        if producer is not None and producer.graph is graph:
+            graph.insert_after(producer, node)
+        else:
+            graph.insert_before(graph[0], node)
+        made[(value, to)] = output
+    return made[(value, to)]
+
+
+def _restore_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
+    producer = value.producer()
+    assert producer is not None
+    name = value.name
+    value.name = f"{name}.f16"
+    node = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}.f32")
+    node.metadata_props.update(producer.metadata_props)
+    output = node.outputs[0]
+    output.name, output.dtype, output.shape = name, ir.DataType.FLOAT, value.shape
+    graph.append(node)
+    graph.outputs[index] = output

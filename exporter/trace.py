@@ -1,0 +1,146 @@
+"""From a PyTorch module to a traced program (`torch.export.ExportedProgram`), module scopes kept."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import Reason, UnsupportedError, UsageError
+from .quiet import quiet
+from .spec import SizeRange
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    ranges: Mapping[str, SizeRange] | None = None,
+) -> torch.export.ExportedProgram:
+    """Traces `module` with `torch.export`.
+
+    The module is traced in non-strict mode first, as torch recommends, and in strict mode when that fails: each captures code that the
+    other does not. Dynamic sizes are traced as named dimensions first, and as unnamed ones when the module relates them to each other
+    (`2 * h`), which a named dimension does not allow.
+
+    Args:
+        module: In eval mode.
+        inputs: Example inputs in the order of `forward`. A dynamic axis needs a size of at least 2 here, because torch.export treats
+            sizes 0 and 1 as constants.
+        dynamic: For each input, the axes that may vary and the named size on each.
+        ranges: The range of each named size.
+
+    Raises:
+        UsageError: A dynamic axis that does not exist, or whose example size is below 2 or outside its range.
+        UnsupportedError: torch.export does not capture the module; the reasons name the line of the user's code.
+    """
+    import torch
+
+    dynamic = dynamic or {}
+    ranges = ranges or {}
+    reasons = _bad_axes(inputs, dynamic, ranges)
+    if reasons:
+        raise UsageError("the dynamic axes do not fit the example inputs", reasons=reasons)
+
+    failures: list[Exception] = []
+    for strict in (False, True):
+        for named in (True, False) if dynamic else (True,):
+            try:
+                with torch.no_grad(), quiet("torch._dynamo", "torch.fx", "torch.export"):
+                    return torch.export.export(
+                        module, tuple(inputs.values()), dynamic_shapes=_dimensions(inputs, dynamic, ranges, named), strict=strict
+                    )
+            except Exception as error:  # torch.export raises whatever the user's code and its own layers raise
+                failures.append(error)
+    raise UnsupportedError(
+        f"torch.export does not capture {type(module).__name__}",
+        reasons=_unique(_reason(error) for error in failures),
+        hint="rewrite that line without data-dependent Python (torch.where, torch.cond, fixed sizes), or wrap the module in one that does; "
+        "TORCH_LOGS=+dynamic shows torch's own account",
+    ) from failures[0]
+
+
+def dimension_names(
+    program: torch.export.ExportedProgram, dynamic: Mapping[str, Mapping[int, str]], inputs: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Maps torch's symbols (`s20`) to the named sizes (`batch`) that stand on the same input axes."""
+    names: dict[str, str] = {}
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for user_input, (name, _) in zip(program.graph_signature.user_inputs, inputs.items(), strict=True):
+        for axis, size in dynamic.get(name, {}).items():
+            names.setdefault(str(placeholders[str(user_input)].meta["val"].shape[axis]), size)
+    return names
+
+
+def _bad_axes(
+    inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]], ranges: Mapping[str, SizeRange]
+) -> list[Reason]:
+    reasons = []
+    for name, axes in dynamic.items():
+        if name not in inputs:
+            reasons.append(Reason(f"no such input; the inputs are {', '.join(inputs)}", where=name))
+            continue
+        shape = inputs[name].shape
+        for axis, size in axes.items():
+            if not 0 <= axis < len(shape):
+                reasons.append(Reason(f"axis {axis} does not exist, the shape is {tuple(shape)}", where=name))
+            elif shape[axis] < 2:
+                reasons.append(
+                    Reason(
+                        f"axis {axis} is dynamic and has the example size {shape[axis]}",
+                        where=name,
+                        fix="give an example of size 2 or more",
+                    )
+                )
+            elif not ranges[size].min <= shape[axis] <= ranges[size].max:
+                got, r = shape[axis], ranges[size]
+                reasons.append(Reason(f"axis {axis} has the example size {got}, outside its range {r.min} to {r.max}", where=name))
+    return reasons
+
+
+def _dimensions(
+    inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]], ranges: Mapping[str, SizeRange], named: bool
+) -> Any:
+    from torch.export import Dim
+
+    dims = {size: Dim(size, min=r.min, max=r.max) for size, r in ranges.items()} if named else {}
+    return tuple(
+        {
+            axis: dims[size] if named else Dim.DYNAMIC(min=ranges[size].min, max=ranges[size].max)
+            for axis, size in dynamic.get(name, {}).items()
+        }
+        for name in inputs
+    )
+
+
+def _reason(error: Exception) -> Reason:
+    import torch
+
+    # The innermost frame outside torch is the user's line that could not be captured.
+    ours = Path(__file__).parent
+    library = Path(torch.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not Path(frame.filename).is_relative_to(library)
+        and not Path(frame.filename).is_relative_to(ours)
+        and Path(frame.filename).is_file()
+    ]
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    where = ""
+    if frames:
+        frame = frames[-1]
+        line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+        where = f"{frame.filename}:{frame.lineno} ({line})"
+    return Reason(f"{type(error).__name__}: {first_line}", where=where)
+
+
+def _unique(reasons: Any) -> list[Reason]:
+    return list(dict.fromkeys(reasons))

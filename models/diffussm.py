@@ -1,0 +1,335 @@
+"""DiffuSSM: a diffusion backbone without attention and without patches, with bidirectional Mamba mixers.
+
+Yan, Gu and Rush, "Diffusion Models Without Attention", arXiv:2311.18257. The latents are flattened in raster order to L = H * W tokens; a
+state space model (SSM) runs over all of them in both directions. What is short is the dense part, which gives the network the shape of an
+hourglass: the residual stream has J = L / M positions of width D, each standing for M neighbouring tokens, and a block is
+
+    U = gelu(W_up gelu(W_0 I))        I (J, D) -> U (L, E)      every position is spread over its M tokens
+    Y = bidirectional SSM(U)          (L, E) -> (L, E)
+    V = gelu(W_down Y)                (L, E) -> (J, E)          every token fills E / M of its position's E channels
+    O = W_3(gelu(W_2 V) * gelu(W_1 I))                          the hourglass's skip is fused by a product
+
+with E = 2 D, which is (9 + 2 M) D^2 weights a block: 13 D^2 at the paper's M = 2. The block's input is normalised and modulated by time
+and class (AdaLN-Zero, Peebles and Xie, arXiv:2212.09748) and its output is gated onto the stream.
+
+What differs from the paper, and why:
+
+- **The SSM is Mamba's.** The paper uses S4D. Here each direction is the core of a Mamba-1 block (Gu and Dao, arXiv:2312.00752): depthwise
+  causal convolution, SiLU, input-dependent delta, B and C, selective scan. Mamba's own input projection, gate and output projection are
+  left out, because W_up, the fusing product and W_3 are these already. The two directions have weights of their own and are added, as the
+  two kernels of a bidirectional S4D are.
+- **Tokens keep their own embedding.** Each latent is embedded by itself into D / M channels, and M neighbours are laid side by side.
+- **Position.** The paper names no position embedding, and the published size has none; `position_embedding` adds a learned one.
+
+A popular sketch of DiffuSSM (SSM, then a feed-forward layer, both at full length) has neither the hourglass nor the second direction nor
+any conditioning path, and is not this network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..exporter.spec import ModelSpec, SizeRange, register_model
+from .flow import digits_sampler
+from .layers import LabelEmbedder, TimestepEmbedder, modulate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class DiffuSSMConfig:
+    """Settings of a DiffuSSM.
+
+    Attributes:
+        input_size: Height and width of the latents.
+        in_channels: Channels of the latents.
+        hidden_size: D, width of the residual stream.
+        depth: Number of blocks.
+        hourglass: M, tokens a position of the residual stream stands for; divides `input_size` and D.
+        expand: E / D, width of the SSM over that of the stream.
+        state_size: N, state of the SSM per channel.
+        conv_size: Width of Mamba's causal convolution.
+        num_classes: Number of classes; label `num_classes` stands for "no class".
+        learn_sigma: The network predicts a variance besides the noise, and its output has twice the channels.
+        position_embedding: Add a learned embedding of the position.
+    """
+
+    input_size: int = 32
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 29
+    hourglass: int = 2
+    expand: int = 2
+    state_size: int = 16
+    conv_size: int = 4
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    position_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "in_channels", "hidden_size", "depth", "hourglass", "expand", "state_size", "conv_size", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.input_size % self.hourglass or self.hidden_size % self.hourglass:
+            raise ValueError(
+                f"hourglass must divide input_size and hidden_size, got hourglass={self.hourglass}, "
+                f"input_size={self.input_size}, hidden_size={self.hidden_size}"
+            )
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Mamba-1's selective scan: h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l, y_l = C_l . h_l + D u_l, with h_{-1} = 0.
+
+    The recurrence is solved in ceil(log2 L) doubling steps of elementwise operators (Hillis and Steele, "Data parallel algorithms", 1986):
+    after the step of stride k, token l holds the decay and the input of the last 2 k tokens. The graph is short for any L, and it cannot
+    overflow: no decay is ever divided by, and a product of decays is at most 1.
+
+    Args:
+        u: Input (B, L, d).
+        delta: Step size (B, L, d), not negative.
+        A: Continuous-time decay (d, N), negative.
+        B: Input matrix (B, L, N).
+        C: Output matrix (B, L, N).
+        D: Skip (d,).
+
+    Returns:
+        (B, L, d) in the dtype of `u`. Decays and states are computed in float32 at least: in 16 bits a decay near 1 would be rounded to 1.
+
+    Source: arXiv:2312.00752, section 3; B is discretised by Euler's rule, as in the authors' `selective_scan_ref`.
+    """
+    length = u.shape[1]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u_wide, delta_wide = u.to(dtype), delta.to(dtype)
+    decay = torch.exp(delta_wide.unsqueeze(-1) * A.to(dtype))  # (B, L, d, N)
+    state = (delta_wide * u_wide).unsqueeze(-1) * B.to(dtype).unsqueeze(2)
+    stride = 1
+    while stride < length:
+        earlier = (0, 0, 0, 0, stride, 0)  # shifts tokens to the right; what lies before the first token is 0, whatever its decay
+        state = state + decay * F.pad(state[:, :-stride], earlier)
+        if 2 * stride < length:
+            decay = decay * F.pad(decay[:, :-stride], earlier)
+        stride *= 2
+    y = (state * C.to(dtype).unsqueeze(2)).sum(-1) + u_wide * D.to(dtype)
+    return y.to(u.dtype)
+
+
+class SelectiveScan(nn.Module):
+    """`selective_scan` as a module without weights: its name marks the part of a graph that has to stay in 32 bits.
+
+    Attributes:
+        function: What computes it; any function with the signature of `selective_scan`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = selective_scan
+
+    def forward(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        """See `selective_scan`."""
+        return self.function(u, delta, A, B, C, D)
+
+
+class MambaCore(nn.Module):
+    """The causal core of a Mamba-1 block, (B, L, d) to (B, L, d); its weights have the names of the authors' code."""
+
+    def __init__(self, channels: int, state_size: int, conv_size: int, dt_rank: int) -> None:
+        super().__init__()
+        self.splits = (dt_rank, state_size, state_size)
+        self.conv1d = nn.Conv1d(channels, channels, conv_size, groups=channels, padding=conv_size - 1)
+        self.x_proj = nn.Linear(channels, sum(self.splits), bias=False)
+        self.dt_proj = nn.Linear(dt_rank, channels)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1, dtype=torch.float32)).repeat(channels, 1))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.scan = SelectiveScan()
+        # Mamba's initialisation: step sizes spread log-uniformly over 1e-3 to 1e-1, through the inverse of softplus.
+        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        delta = torch.exp(torch.rand(channels) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes (B, L, d) along L, each token seeing itself and those before it."""
+        u = F.silu(self.conv1d(x.transpose(1, 2))[:, :, : x.shape[1]]).transpose(1, 2)
+        dt, B, C = torch.split(self.x_proj(u), list(self.splits), dim=-1)
+        delta = F.softplus(self.dt_proj(dt))
+        y: Tensor = self.scan(u, delta, -torch.exp(self.A_log), B, C, self.D)
+        return y
+
+
+class BidirectionalMamba(nn.Module):
+    """Two Mamba cores over the tokens in raster order and in reverse, added."""
+
+    def __init__(self, channels: int, state_size: int, conv_size: int, dt_rank: int) -> None:
+        super().__init__()
+        self.forwards = MambaCore(channels, state_size, conv_size, dt_rank)
+        self.backwards = MambaCore(channels, state_size, conv_size, dt_rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes (B, L, d) along L, each token seeing all."""
+        y: Tensor = self.forwards(x) + self.backwards(x.flip(1)).flip(1)
+        return y
+
+
+def _modulation(width: int, parts: int) -> nn.Sequential:
+    # AdaLN-Zero: the gates start at 0, so that every block starts as the identity.
+    linear = nn.Linear(width, parts * width)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.SiLU(), linear)
+
+
+class DiffuSSMBlock(nn.Module):
+    """A gated bidirectional SSM in hourglass form (see the module's text for the formulas)."""
+
+    def __init__(self, config: DiffuSSMConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.expand * config.hidden_size
+        self.hourglass = config.hourglass
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation = _modulation(width, 3)
+        self.w0 = nn.Linear(width, width)
+        self.up = nn.Linear(width, config.hourglass * inner)
+        self.mixer = BidirectionalMamba(inner, config.state_size, config.conv_size, dt_rank=math.ceil(width / 16))
+        # M matrices, one for each place in a position, from E to E / M channels.
+        self.down = nn.Conv1d(config.hourglass * inner, inner, 1, groups=config.hourglass)
+        self.w1 = nn.Linear(width, width)
+        self.w2 = nn.Linear(inner, width)
+        self.w3 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Maps the stream (B, J, D), given the condition (B, D), to (B, J, D)."""
+        batch, positions, _ = x.shape
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=1)
+        h = modulate(self.norm(x), shift, scale)
+        spread = F.gelu(self.up(F.gelu(self.w0(h)))).reshape(batch, positions * self.hourglass, -1)
+        mixed = self.mixer(spread).reshape(batch, positions, -1)
+        gathered = F.gelu(self.down(mixed.transpose(1, 2)).transpose(1, 2))
+        fused = F.gelu(self.w2(gathered)) * F.gelu(self.w1(h))
+        out: Tensor = x + gate.unsqueeze(1) * self.w3(fused)
+        return out
+
+
+class FinalLayer(nn.Module):
+    """Adaptive layer norm and the projection to the M tokens of each position."""
+
+    def __init__(self, config: DiffuSSMConfig, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
+        self.modulation = _modulation(config.hidden_size, 2)
+        self.linear = nn.Linear(config.hidden_size, config.hourglass * out_channels)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Maps (B, J, D) to (B, J, M * out_channels)."""
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        out: Tensor = self.linear(modulate(self.norm(x), shift, scale))
+        return out
+
+
+class DiffuSSM(nn.Module):
+    """The network: latents, times and labels to a prediction for each latent."""
+
+    def __init__(self, config: DiffuSSMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        width = config.hidden_size
+        self.x_embedder = nn.Linear(config.in_channels, width // config.hourglass)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        positions = config.input_size**2 // config.hourglass
+        self.pos_embed = nn.Parameter(torch.randn(1, positions, width) * 0.02) if config.position_embedding else None
+        self.blocks = nn.ModuleList(DiffuSSMBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, self.out_channels)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predicts noise or velocity.
+
+        Args:
+            x: Noised latents (B, C, H, W) float32.
+            t: Times (B,) float32 in [0, 1000].
+            y: Labels (B,) int64 in [0, num_classes]; num_classes stands for "no class".
+
+        Returns:
+            (B, C, H, W), or (B, 2 C, H, W) with `learn_sigma`.
+        """
+        batch, channels, height, width = x.shape
+        tokens = x.reshape(batch, channels, height * width).transpose(1, 2)
+        h = self.x_embedder(tokens).reshape(batch, -1, self.config.hidden_size)
+        if self.pos_embed is not None:
+            h = h + self.pos_embed
+        condition = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            h = block(h, condition)
+        out: Tensor = self.final_layer(h, condition).reshape(batch, height * width, self.out_channels)
+        return out.transpose(1, 2).reshape(batch, self.out_channels, height, width)
+
+
+@register_model(
+    "diffussm-tiny",
+    DiffuSSMConfig(input_size=8, hidden_size=32, depth=2, state_size=4, num_classes=10),
+    summary="DiffuSSM with 2 blocks of width 32, for trying",
+)
+@register_model(
+    "diffussm-small",
+    DiffuSSMConfig(hidden_size=384, depth=12),
+    summary="DiffuSSM with 12 blocks of width 384, 32x32 latents",
+)
+@register_model("diffussm-xl", DiffuSSMConfig(), summary="DiffuSSM-XL, 32x32 latents")
+def diffussm(config: DiffuSSMConfig) -> ModelSpec:
+    """A DiffuSSM with Mamba mixers."""
+
+    def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Any]:
+        batch = sizes["batch"]
+        shape = (batch, config.in_channels, config.input_size, config.input_size)
+        return {
+            "x": torch.from_numpy(rng.standard_normal(shape, dtype="float32")),
+            "t": torch.from_numpy(rng.uniform(0, 1000, batch).astype("float32")),
+            "y": torch.from_numpy(rng.integers(0, config.num_classes, batch, endpoint=True)),
+        }
+
+    return ModelSpec(
+        build=lambda: DiffuSSM(config).eval(),
+        inputs=inputs,
+        sizes={"batch": 2},
+        dynamic={name: {0: "batch"} for name in ("x", "t", "y")},
+        ranges={"batch": SizeRange(1, 2, 64)},
+        outputs=("sample",),
+        source="Yan, Gu & Rush, Diffusion Models Without Attention, arXiv:2311.18257; mixer: Gu & Dao, Mamba, arXiv:2312.00752",
+    )
+
+
+@register_model(
+    "diffussm-digits",
+    DiffuSSMConfig(
+        input_size=8,
+        in_channels=1,
+        hidden_size=96,
+        depth=4,
+        expand=1,
+        state_size=4,
+        num_classes=10,
+        learn_sigma=False,
+        position_embedding=True,
+    ),
+    summary="DiffuSSM for 8x8 digits by class, 0.5 M parameters, rectified flow",
+)
+def diffussm_digits(config: DiffuSSMConfig) -> ModelSpec:
+    """A DiffuSSM trained on scikit-learn's digits."""
+    return dataclasses.replace(
+        diffussm(config),
+        weights=Path(__file__).parent / "weights" / "diffussm-digits.safetensors",
+        sampler=digits_sampler(),
+    )

@@ -1,0 +1,94 @@
+"""What three or more of the architectures share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int, *, frequency_shift: int = 0, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of geometrically spaced frequencies, cosines first (Vaswani et al., arXiv:1706.03762, as used by DiT's and SANA's code).
+
+    Frequency i of n = dim / 2 is max_period^(-i / (n - frequency_shift)). The frequencies are computed here and not kept in a buffer,
+    so that a module cast to half precision does not round them: a relative error of 2^-11 in a frequency is half a radian at t = 1000.
+
+    Args:
+        t: (B,), any real values.
+        dim: Size of the embedding, even.
+        frequency_shift: 0 in DiT's and SANA's code; 1 makes the last frequency exactly 1 / max_period, as in Ho et al.'s DDPM code and in
+            diffusers' DiT.
+        max_period: The longest period is 2 pi times this.
+
+    Returns:
+        (B, dim), float32.
+    """
+    half = dim // 2
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - frequency_shift)
+    angles = t.float()[:, None] * torch.exp(exponents)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the timestep through a two-layer MLP: (B,) to (B, hidden_size)."""
+
+    def __init__(self, hidden_size: int, *, frequencies: int = 256, frequency_shift: int = 0) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.frequency_shift = frequency_shift
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Timesteps t (B,) to (B, hidden_size), in the weights' dtype."""
+        embedding = timestep_embedding(t, self.frequencies, frequency_shift=self.frequency_shift)
+        out: Tensor = self.mlp(embedding.to(next(self.mlp.parameters()).dtype))
+        return out
+
+
+class LabelEmbedder(nn.Module):
+    """A vector for each class, and one more, the last, for "no class" (classifier-free guidance): (B,) int64 to (B, hidden_size).
+
+    The published code replaces a tenth of the labels by the null class while training; here the training script does that, so that
+    `forward` is the same in training and in use.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Labels y (B,), int64, in [0, num_classes], to (B, hidden_size)."""
+        out: Tensor = self.embedding_table(y)
+        return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive normalisation's affine part: x (B, N, D), shift and scale (B, D), to (B, N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_2d(dim: int, height: int, width: int) -> Tensor:
+    """The fixed two-dimensional sine-cosine position table of MAE's code (He et al., arXiv:2111.06377), which DiT uses.
+
+    The first half of the channels encodes the column and the second half the row; each half is sines, then cosines, of the position
+    times 10000^(-i / (dim / 4)). Computed in float64.
+
+    Args:
+        dim: Channels, a multiple of 4.
+        height: Rows of the grid.
+        width: Columns of the grid.
+
+    Returns:
+        (height * width, dim), float32, row-major. Always on the CPU: a model built on the meta device keeps a real table.
+    """
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+
+    def encode(positions: Tensor) -> Tensor:
+        angles = positions[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows = torch.arange(height, dtype=torch.float64, device="cpu").repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float64, device="cpu").repeat(height)
+    return torch.cat([encode(columns), encode(rows)], dim=1).float()

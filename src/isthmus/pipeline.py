@@ -1,0 +1,493 @@
+"""The one place that knows the order of an export, and the Python API.
+
+The order::
+
+    model -> trace -> to_onnx -> passes -> target.unsupported -> target.lower -> verify against torch -> bundle
+
+Each step returns a new value. The PyTorch module is freed before the artifact is executed, so that two copies of the weights are never
+held at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from isthmus.calibration.cases import cases_of_example, cases_of_spec
+from isthmus.calibration.half import module_peaks, run_rounded
+from isthmus.calibration.metrics import DEFAULT_TOLERANCES
+from isthmus.calibration.report import Pictures, render, write_report
+from isthmus.calibration.verify import SAMPLE_TOLERANCES, compare_cases, flatten, judge, module_runner, run_stage, to_array
+from isthmus.exporter import bundle as bundles
+from isthmus.exporter import onnx as onnx_files
+from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo
+from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UnsupportedError
+from isthmus.exporter.passes import optimise
+from isthmus.exporter.source import Model, Source, load_source
+from isthmus.exporter.spec import Dynamic, Samples, Tolerance
+from isthmus.exporter.target import TARGETS, Job, Target
+from isthmus.exporter.trace import dimension_names, trace
+from isthmus.exporter.weights import nonfinite
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+CaseArrays = dict[str, Arrays]
+
+
+class Progress(Protocol):
+    """Told of every step as it begins and ends."""
+
+    def step(self, title: str) -> AbstractContextManager[None]:
+        """A step that lasts as long as the block."""
+        ...
+
+
+class _Silent:
+    def step(self, title: str) -> AbstractContextManager[None]:  # noqa: ARG002 - the protocol's argument
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        bundle: The bundle's folder, None after a dry run.
+        manifest: Its manifest; after a dry run, what is known without lowering.
+    """
+
+    bundle: Path | None
+    manifest: Manifest
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when a stage that was run is not within tolerance."""
+        return _exit_code(self.manifest.stages)
+
+    def summary(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {
+            "bundle": str(self.bundle) if self.bundle else None,
+            "report": str(self.bundle / "report.html") if self.bundle else None,
+            **_summary(self.manifest, self.manifest.stages),
+        }
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a verification found.
+
+    Attributes:
+        bundle: The bundle's folder.
+        manifest: Its manifest, as it was written by the export.
+        stages: What was found now.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    stages: tuple[StageResult, ...]
+
+    @property
+    def verdict(self) -> bundles.Verdict:
+        """The weakest verdict of the stages that were run now."""
+        return bundles.weakest(self.stages)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when a stage that was run is not within tolerance."""
+        return _exit_code(self.stages)
+
+    def summary(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {"bundle": str(self.bundle), "integrity": "verified", **_summary(self.manifest, self.stages)}
+
+
+def export(
+    model: Model,
+    target: str,
+    output: Path | None = None,
+    *,
+    precision: str | None = None,
+    opset: int | None = None,
+    batch_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    weights: Path | None = None,
+    inputs: str | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
+    dynamic: Sequence[Dynamic] = (),
+    atol: float | None = None,
+    rtol: float | None = None,
+    min_psnr: float | None = None,
+    seed: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Exports a model to a target, measures the artifact against PyTorch, and writes both as a bundle.
+
+    Args:
+        model: A registered name, `module:callable`, an nn.Module (with `inputs`), or a pair of nn.Module and example inputs. A module is
+            put into eval mode.
+        target: A registered target.
+        output: The bundle's folder; `./MODEL-TARGET-PRECISION` by default.
+        precision: One of the target's precisions, by default its first.
+        opset: ONNX opset, by default the target's.
+        batch_size: A fixed batch size, for registered models; by default theirs is dynamic.
+        settings: Settings of a registered model to replace.
+        weights: Weights to load, safetensors.
+        inputs: Example inputs of a module, or `module:callable` that returns them.
+        dynamic: Axes that may vary.
+        atol: With `rtol`, replaces the bound on the relative error by |error| <= atol + rtol |reference|.
+        rtol: See `atol`.
+        min_psnr: Replaces the bound on the PSNR, in dB.
+        seed: Seed of random weights and inputs.
+        force: Replace an existing bundle.
+        dry_run: Do all that decides whether the export is possible, and write nothing.
+        options: The target's own options.
+        progress: Told of every step.
+
+    Raises:
+        UsageError: An argument is wrong.
+        UnsupportedError: The target cannot take the model; all reasons are listed.
+        MachineError: An option asks for what this machine lacks.
+        AccuracyError: The bundle was written, and a stage is not within tolerance; `.result` is the ExportResult.
+        IsthmusError: Something failed.
+    """
+    step = (progress or _Silent()).step
+    chosen: Target[Any] = TARGETS[target]()
+    precision = _choose("precision", precision, chosen.precisions)
+    opset = _choose("opset", opset, chosen.opsets)
+    resolved = chosen.Options.model_validate(options or {})
+    chosen.check_machine(resolved)
+    destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
+    if not dry_run:
+        bundles.check_destination(destination, force=force)
+
+    with step("building the model"):
+        source = load_source(
+            model, settings=settings or {}, weights=weights, inputs=inputs, dynamic=dynamic, batch_size=batch_size, seed=seed
+        )
+        # Weights from a file were checked as they were read.
+        if source.weights.origin == "module" and (reasons := nonfinite(source.module)):
+            raise IsthmusError("the weights are not finite", reasons=reasons, hint="check the training run or the conversion of this file")
+    cases = (
+        cases_of_spec(dataclasses.replace(source.spec, dynamic=source.dynamic, ranges=source.ranges), source.sizes, seed)
+        if source.spec
+        else cases_of_example(dict(source.example), source.dynamic, source.ranges, seed)
+    )
+    cases["example"] = dict(source.example)
+    tolerance = _tolerance(source, precision, atol, rtol, min_psnr)
+
+    with step("running PyTorch"):
+        with torch.no_grad():
+            outputs = flatten(source.module(*source.example.values()))
+        names = source.spec.outputs if source.spec else _output_names(len(outputs))
+        run = module_runner(source.module, names)
+        arrays = {case: {name: to_array(t) for name, t in tensors.items()} for case, tensors in cases.items()}
+        reference: CaseArrays = {case: dict(run(tensors)) for case, tensors in arrays.items()}
+        sampler = source.spec.sampler if source.spec and source.weights.origin in ("shipped", "file") else None
+        pictures = sampler(run, np.random.Generator(np.random.PCG64(seed))) if sampler else None
+    with step("tracing"):
+        program = trace(source.module, source.example, dynamic=source.dynamic, ranges=source.ranges)
+    stages = []
+    with step("checking the trace against PyTorch"):
+        result, peaks = _check_trace(program, arrays, reference, names, with_peaks=precision == "fp16")
+        stages.append(result)
+    if precision in ("fp16", "bf16"):
+        with step(f"running PyTorch rounded to {precision}"):
+            stages.append(_check_rounded(program, arrays, reference, names, precision, peaks, tolerance))
+    with step("translating to ONNX"):
+        onnx_model = onnx_files.to_onnx(
+            program,
+            opset=opset,
+            input_names=list(source.example),
+            output_names=names,
+            dimension_names=dimension_names(program, source.dynamic, source.example),
+        )
+    with step("optimising the graph"):
+        onnx_model = optimise(onnx_model)
+    job: Job[Any] = Job(program=program, model=onnx_model, precision=precision, options=resolved, peaks=peaks)
+    with step("checking the target's support"):
+        if reasons := chosen.unsupported(job):
+            raise UnsupportedError(
+                f"{target} does not support {source.name} in {precision}", reasons=reasons, hint="see `isthmus list targets` for the others"
+            )
+    manifest = Manifest(
+        model=source.name,
+        target=target,
+        precision=precision,
+        opset=opset,
+        config=_json(source.config),
+        options={
+            "seed": seed,
+            "batch_size": batch_size,
+            "settings": _json(settings or {}),
+            "dynamic": {f"{name}:{axis}": size for name, axes in source.dynamic.items() for axis, size in axes.items()},
+            target: resolved.model_dump(mode="json"),
+        },
+        inputs=_tensor_infos(onnx_model.graph.inputs, arrays),
+        outputs=_tensor_infos(onnx_model.graph.outputs, reference),
+        sizes={size: (r.min, r.opt, r.max) for size, r in source.ranges.items()},
+        weights=source.weights,
+        tolerance={key: value for key, value in dataclasses.asdict(tolerance).items() if value is not None},
+        verdict=bundles.weakest(stages),
+        stages=tuple(stages),
+        versions=_versions(),
+    )
+    if dry_run:
+        return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
+
+    with bundles.writing(destination, force=force) as folder:
+        _check_space(folder, source.weights.bytes)
+        with step(f"lowering to {target}"):
+            lowered = chosen.lower(job, folder)
+            bundles.write_cases(folder / bundles.INPUTS, arrays)
+            bundles.write_cases(folder / bundles.OUTPUTS, reference)
+        weights_bytes = source.weights.bytes
+        # Every name that holds the weights, or holds something that does.
+        del job, onnx_model, program, run, outputs, cases, source, model
+        _release(weights_bytes)
+        drawn: Samples | None = None
+        for stage in chosen.stages(folder, manifest):
+            with step(f"verifying the artifact: {stage.name}"):
+                result, samples = run_stage(
+                    stage,
+                    arrays,
+                    reference,
+                    tolerance,
+                    sampler=sampler,
+                    pictures=pictures,
+                    seed=seed,
+                    sample_tolerance=SAMPLE_TOLERANCES.get(precision),
+                )
+                stages.append(result)
+                drawn = samples or drawn
+        manifest = manifest.model_copy(
+            update={
+                "device": lowered.device,
+                "details": _json(lowered.details),
+                "stages": tuple(stages),
+                "verdict": bundles.weakest(stages),
+            }
+        )
+        with step("writing the report"):
+            write_report(
+                folder, manifest, pictures=Pictures(pictures, drawn) if pictures and drawn else None, facts={"notes": list(lowered.notes)}
+            )
+            manifest = bundles.write_manifest(folder, manifest)
+    result_ = ExportResult(destination, manifest)
+    if result_.exit_code:
+        raise AccuracyError(
+            f"{destination} was written, and its accuracy check failed",
+            reasons=_misses(manifest.stages),
+            hint=f"see {destination / 'report.html'}; a looser bound is given with --atol, --rtol or --min-psnr",
+            result=result_,
+        )
+    return result_
+
+
+def verify(bundle: Path, *, progress: Progress | None = None) -> VerifyResult:
+    """Checks that a bundle's files are what its manifest says, then executes the artifact over the stored cases again.
+
+    Raises:
+        UsageError: The folder is not a bundle.
+        IntegrityError: A file is changed, missing or additional.
+        AccuracyError: A stage is not within the tolerance that the manifest holds; `.result` is the VerifyResult.
+    """
+    step = (progress or _Silent()).step
+    manifest = bundles.read_manifest(bundle)
+    with step("checking the files"):
+        bundles.check_integrity(bundle, manifest)
+    inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
+    tolerance = Tolerance(**manifest.tolerance)
+    target: Target[Any] = TARGETS[manifest.target]()
+    found = []
+    for stage in target.stages(bundle, manifest):
+        with step(f"verifying the artifact: {stage.name}"):
+            found.append(run_stage(stage, inputs, reference, tolerance)[0])
+    result = VerifyResult(bundle, manifest, tuple(found))
+    if result.exit_code:
+        raise AccuracyError(
+            f"the artifact in {bundle} is not within its tolerance of PyTorch", reasons=_misses(result.stages), result=result
+        )
+    return result
+
+
+def report(bundle: Path) -> Path:
+    """Renders the report of a bundle again, from what it holds, and returns the page's path.
+
+    A page that is missing or differs is replaced, and its hash in the manifest with it; no other hash is touched.
+
+    Raises:
+        UsageError: The folder is not a bundle.
+        IntegrityError: What the page is made from is not what the manifest says.
+    """
+    manifest = bundles.read_manifest(bundle)
+    path = bundle / "report.html"
+    page = render(bundle).encode()
+    if not path.is_file() or path.read_bytes() != page:
+        bundles.replace_file(bundle, manifest, "report.html", page)
+    return path
+
+
+def inspect(bundle: Path) -> dict[str, Any]:
+    """What a bundle is, as JSON values: its manifest without measurements and hashes, and the size of every file in bytes.
+
+    Raises:
+        UsageError: The folder is not a bundle.
+        IntegrityError: Its manifest is not one that this version understands.
+    """
+    manifest = bundles.read_manifest(bundle)
+    value: dict[str, Any] = manifest.model_dump(mode="json", by_alias=True, exclude={"stages", "files"})
+    value["stages"] = [{"name": s.name, "verdict": s.verdict, "reason": s.reason, "device": s.device} for s in manifest.stages]
+    value["files"] = {name: (bundle / name).stat().st_size if (bundle / name).is_file() else None for name in manifest.files}
+    return value
+
+
+def _name(model: Model) -> str:
+    if isinstance(model, str):
+        return model.rsplit(":", 1)[-1]
+    return type(model[0] if isinstance(model, tuple) else model).__name__
+
+
+def _choose(kind: str, value: Any, allowed: Sequence[Any]) -> Any:
+    if value is None:
+        return allowed[0]
+    if value not in allowed:
+        raise UnknownNameError(kind, str(value), [str(a) for a in allowed])
+    return value
+
+
+def _output_names(count: int) -> tuple[str, ...]:
+    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
+
+
+def _tolerance(source: Source, precision: str, atol: float | None, rtol: float | None, min_psnr: float | None) -> Tolerance:
+    base = (source.spec.tolerances if source.spec else {}).get(precision) or DEFAULT_TOLERANCES[precision]
+    if atol is not None or rtol is not None:
+        base = dataclasses.replace(base, max_relative=None, atol=atol or 0.0, rtol=rtol or 0.0)
+    return base if min_psnr is None else dataclasses.replace(base, min_psnr=min_psnr)
+
+
+def _check_trace(
+    program: torch.export.ExportedProgram, inputs: CaseArrays, reference: CaseArrays, names: tuple[str, ...], *, with_peaks: bool
+) -> tuple[StageResult, dict[str, float]]:
+    traced: CaseArrays = {}
+    peaks: dict[str, float] = {}
+    module = program.module()
+    for case, arrays in inputs.items():
+        tensors = tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.values())
+        if with_peaks:
+            outputs, found = module_peaks(program, tensors)
+            peaks = {path: max(peaks.get(path, 0.0), found.get(path, 0.0)) for path in peaks | found}
+        else:
+            with torch.no_grad():
+                outputs = module(*tensors)
+        traced[case] = {name: to_array(t) for name, t in zip(names, flatten(outputs), strict=True)}
+    return judge(
+        "torch", compare_cases(reference, traced), DEFAULT_TOLERANCES["fp32"], device=f"PyTorch {torch.__version__} on the CPU"
+    ), peaks
+
+
+def _check_rounded(
+    program: torch.export.ExportedProgram,
+    inputs: CaseArrays,
+    reference: CaseArrays,
+    names: tuple[str, ...],
+    precision: str,
+    peaks: Mapping[str, float],
+    tolerance: Tolerance,
+) -> StageResult:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    keep = [path for path, peak in peaks.items() if peak > torch.finfo(dtype).max / 2]
+    rounded: CaseArrays = {}
+    for case, arrays in inputs.items():
+        outputs = run_rounded(program, tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.values()), dtype, keep)
+        rounded[case] = {name: to_array(t) for name, t in zip(names, flatten(outputs), strict=True)}
+    return judge(
+        "torch-dtype",
+        compare_cases(reference, rounded, tolerance),
+        tolerance,
+        device=f"PyTorch {torch.__version__}, rounded to {precision}",
+    )
+
+
+def _tensor_infos(values: Sequence[ir.Value], cases: CaseArrays) -> tuple[TensorInfo, ...]:
+    infos = []
+    for value in values:
+        assert value.name is not None
+        assert value.dtype is not None
+        seen = [a for arrays in cases.values() if (a := arrays[value.name]).size and a.dtype != np.bool_]
+        infos.append(
+            TensorInfo(
+                name=value.name,
+                dtype=str(value.dtype.numpy()),
+                shape=tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ()),
+                range=(min(float(a.min()) for a in seen), max(float(a.max()) for a in seen)) if seen else None,
+            )
+        )
+    return tuple(infos)
+
+
+def _check_space(folder: Path, weight_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    needed = weight_bytes + 16 * 2**20
+    if free < needed:
+        raise IsthmusError(
+            f"the disk of {folder.parent} has {free / 2**20:.0f} MiB free, and the bundle needs about {needed / 2**20:.0f} MiB",
+            hint="free some space, or give a folder on another disk with -o",
+        )
+
+
+def _release(weight_bytes: int) -> None:
+    """Gives the module's memory back to the system, so that the artifact's weights do not come on top of it."""
+    gc.collect()
+    if weight_bytes > 2**26 and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("isthmus", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _json(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+
+
+def _exit_code(stages: tuple[StageResult, ...]) -> int:
+    return AccuracyError.exit_code if any(s.verdict in ("failed", "blocked") for s in stages) else 0
+
+
+def _misses(stages: tuple[StageResult, ...]) -> list[Any]:
+    from isthmus.exporter.errors import Reason
+
+    return [Reason(s.reason, where=f"stage {s.name} {s.verdict}") for s in stages if s.verdict in ("failed", "blocked")]
+
+
+def _summary(manifest: Manifest, stages: tuple[StageResult, ...]) -> dict[str, Any]:
+    return {
+        "model": manifest.model,
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "device": manifest.device,
+        "verdict": bundles.weakest(stages),
+        "stages": [s.model_dump(mode="json", exclude={"metrics": {"__all__": {"histogram"}}}) for s in stages],
+        "exit_code": _exit_code(stages),
+    }

@@ -1,0 +1,90 @@
+"""ONNX Runtime, on any machine: `model.onnx` (and `model.onnx.data`), fp32 or fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...exporter.bundle import Manifest
+from ...exporter.errors import Reason
+from ...exporter.onnx import OPSETS
+from ...exporter.runner import Runner
+from ...exporter.target import Capability, Job, Lowered, Stage, Target, register_target
+
+MODEL = "model.onnx"
+
+
+class OnnxRuntimeOptions(BaseModel):
+    """Options of `--target onnxruntime`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    execution_provider: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Where the artifact is verified. cuda that is missing, or that would fall back to the CPU, is an error."
+    )
+    graph_optimization: Literal["disable", "basic", "extended", "all"] = Field(
+        "all", description="Graph optimisation level of the session."
+    )
+    threads: int = Field(0, ge=0, le=1024, description="Threads within an operator; 0 lets ONNX Runtime decide.")
+
+
+@register_target("onnxruntime", summary="ONNX Runtime on any machine: one ONNX file, fp32 or fp16")
+class OnnxRuntime(Target[OnnxRuntimeOptions]):
+    """Lowers to one ONNX file of the standard operators and runs it in ONNX Runtime."""
+
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    opsets: ClassVar[tuple[int, ...]] = OPSETS
+    Options: ClassVar[type[BaseModel]] = OnnxRuntimeOptions
+
+    def capabilities(self) -> list[Capability]:
+        """Lowering works everywhere; verification needs the `onnxruntime` package."""
+        from .session import installed
+
+        version, providers = installed()
+        found = f"onnxruntime {version}, {', '.join(providers)}" if version else "the onnxruntime package is not installed"
+        return [
+            Capability("lower", available=True, detail="writes ONNX on any machine"),
+            Capability("build", available=True, detail="an ONNX file needs no build"),
+            Capability("verify", available=bool(version), detail=found, fix="" if version else "pip install 'isthmus[cpu]'"),
+        ]
+
+    def check_machine(self, options: OnnxRuntimeOptions) -> None:
+        """Refuses `--execution-provider cuda` where it is missing. That it does not fall back is checked once a session is open."""
+        from .session import check_provider
+
+        if options.execution_provider != "cpu":
+            check_provider(options.execution_provider)
+
+    def unsupported(self, job: Job[OnnxRuntimeOptions]) -> list[Reason]:
+        """Nodes of domains that ONNX Runtime does not know, and element types that its CPU kernels lack."""
+        from .support import unsupported
+
+        return unsupported(job.model)
+
+    def lower(self, job: Job[OnnxRuntimeOptions], folder: Path) -> Lowered:
+        """Writes `model.onnx`; in fp16, norms, softmax, accumulations and whatever leaves fp16's range stay in fp32."""
+        from .lower import lower
+
+        return lower(job, folder / MODEL)
+
+    def stages(self, folder: Path, manifest: Manifest) -> list[Stage]:
+        """`onnx` on the CPU; with `--execution-provider cuda` also `device`."""
+        options = OnnxRuntimeOptions.model_validate(manifest.options.get(self.name, {}))
+        stages = [Stage("onnx", _opener(folder / MODEL, options.model_copy(update={"execution_provider": "cpu"})))]
+        if options.execution_provider == "cuda":
+            stages.append(Stage("device", _opener(folder / MODEL, options), required=True))
+        return stages
+
+
+def _opener(path: Path, options: OnnxRuntimeOptions) -> Callable[[], Runner]:
+    def make() -> Runner:
+        from .session import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(
+            path, provider=options.execution_provider, optimization=options.graph_optimization, threads=options.threads
+        )
+
+    return make

@@ -1,0 +1,41 @@
+"""Writes the ONNX file that ONNX Runtime gets."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ...exporter import onnx as onnx_files
+from ...exporter.passes.float16 import FLOAT16_MAX, ToFloat16
+from ...exporter.target import Job, Lowered
+from .expand_attention_mask import ExpandAttentionMask
+
+
+def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
+    """Writes `job.model` to `path` in the precision asked for, and checks the file.
+
+    Raises:
+        IsthmusError: The written file is not valid ONNX.
+    """
+    model = ExpandAttentionMask()(job.model.clone()).model
+    notes: list[str] = []
+    if job.precision == "fp16":
+        convert = ToFloat16(keep_modules=[path for path, peak in job.peaks.items() if peak > FLOAT16_MAX / 2])
+        model = convert(model).model
+        notes.append(convert.summary())
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    onnx_files.save(model, path, bytes_of_weights=sum(t.nbytes for t in weights))
+    onnx_files.check(path, opset=model.opset_imports[""])
+    counts = collections.Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    return Lowered(
+        device="any ONNX Runtime",
+        notes=tuple(notes),
+        details={
+            "nodes": counts.total(),
+            "operators": dict(sorted(counts.items())),
+            "weight_bytes": sum(t.nbytes for t in weights),
+            "file_bytes": sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")),
+        },
+    )

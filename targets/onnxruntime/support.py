@@ -1,0 +1,45 @@
+"""What ONNX Runtime cannot take, said before anything is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...exporter.errors import Reason
+from ...exporter.passes import module_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_DOMAINS = ("", "com.microsoft")
+
+# ONNX Runtime 1.32 parses these types and has no CPU kernels for arithmetic on them.
+_NO_ARITHMETIC = ("BFLOAT16", "COMPLEX64", "COMPLEX128", "FLOAT8E4M3FN", "FLOAT8E5M2", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ")
+_MOVES_ONLY = ("Cast", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
+
+
+def unsupported(model: ir.Model) -> list[Reason]:
+    """Every node of `model` that ONNX Runtime has no kernel for, by operator and PyTorch module; repeated reasons are merged."""
+    import onnx_ir as ir
+
+    functions = {(f.domain, f.name) for f in model.functions.values()}
+    reasons: dict[Reason, None] = {}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        where = module_of(node)
+        if node.domain not in _DOMAINS and (node.domain, node.op_type) not in functions:
+            reasons[
+                Reason(
+                    f"operator {node.domain}::{node.op_type} has neither a kernel nor a function body in the file",
+                    where,
+                    "add a function body",
+                )
+            ] = None
+        for value in node.outputs:
+            if value.dtype is not None and value.dtype.name in _NO_ARITHMETIC and node.op_type not in _MOVES_ONLY:
+                reasons[
+                    Reason(
+                        f"{node.op_type} computes in {value.dtype.name.lower()}, for which ONNX Runtime's CPU has no kernel",
+                        where,
+                        "use float32",
+                    )
+                ] = None
+    return list(reasons)

@@ -1,0 +1,591 @@
+"""The report: what it says, that it says nothing false, that it fetches nothing, and what Chromium makes of it."""
+
+import functools
+import html
+import html.parser
+import http.server
+import json
+import math
+import re
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from isthmus.calibration.figures import SIDE, amplification, to_pixels, write_png
+from isthmus.calibration.metrics import compare
+from isthmus.calibration.report import MAX_PICTURES, Pictures, Report, render, write_report
+from isthmus.calibration.wording import at_least_decibel, cosine, flat, headline, number, share, size
+from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo, WeightsInfo, write_manifest
+from isthmus.exporter.errors import IntegrityError
+from isthmus.exporter.spec import Samples, Tolerance
+
+HOSTILE = "</title><script>document.body.innerHTML='owned'</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
+
+
+def rows(error, *, seed=0, outputs=("noise",), problem=False, tolerance=None):
+    """Real metrics of made-up outputs, at two inputs and two sizes."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for case, batch in (("example", 2), ("second", 2), ("resized", 5)):
+        for output in outputs:
+            reference = rng.standard_normal((batch, 1, 8, 8)).astype(np.float32)
+            candidate = (reference + error * rng.standard_normal(reference.shape) ** 3).astype(np.float32)
+            if problem and case == "second":
+                candidate[0, 0, 1, 2] = np.nan
+            found.append(compare(reference, candidate, case=case, output=output, tolerance=tolerance))
+    return tuple(found)
+
+
+def digits(count, *, error=1e-4, seed=1, colour=False):
+    """Blurred random strokes: pictures with structure, and the same with a small error."""
+    rng = np.random.default_rng(seed)
+    images = np.clip(rng.random((count, 8, 8, 3) if colour else (count, 8, 8)) * 1.6 - 0.5, 0, 1).astype(np.float32)
+    other = np.clip(images + error * rng.standard_normal(images.shape), 0, 1).astype(np.float32)
+    captions = tuple(f"digit {i % 10}" for i in range(count))
+    return Pictures(Samples(images, captions), Samples(other, captions))
+
+
+def stages(error=1e-7, verdict="verified", **more):
+    return (
+        StageResult(
+            name="torch", verdict="verified", metrics=rows(0), device="PyTorch 2.13.0 on the CPU", tolerance={"max_relative": 1e-5}
+        ),
+        StageResult(name="onnx", verdict=verdict, metrics=rows(error), device="CPUExecutionProvider", **more),
+    )
+
+
+def manifest(**changes):
+    values = {
+        "model": "dit-digits",
+        "target": "onnxruntime",
+        "precision": "fp32",
+        "opset": 23,
+        "config": {"hidden_size": 128, "depth": 6, "patch_size": [2, 2], "qkv_bias": True, "dropout": None},
+        "options": {"seed": 0, "dynamic": {"x:0": "batch"}, "onnxruntime": {"intra_op_num_threads": 2}},
+        "inputs": (
+            TensorInfo(name="x", dtype="float32", shape=("batch", 1, 8, 8), range=(-3.91234, 4.0221)),
+            TensorInfo(name="timestep", dtype="float32", shape=("batch",), range=(0.0121, 0.9731)),
+            TensorInfo(name="label", dtype="int64", shape=("batch",), range=(0, 9)),
+        ),
+        "outputs": (TensorInfo(name="noise", dtype="float32", shape=("batch", 1, 8, 8), range=(-2.2, 2.9)),),
+        "sizes": {"batch": (1, 2, 64)},
+        "weights": WeightsInfo(origin="shipped", path="dit-digits.safetensors", sha256="5f" * 32, parameters=683_024, bytes=2_732_096),
+        "tolerance": {"max_relative": 1e-5},
+        "device": "any ONNX Runtime",
+        "verdict": "verified",
+        "stages": stages(),
+        "versions": {"isthmus": "0.1.0", "torch": "2.13.0", "onnxruntime": "1.32.0"},
+        "details": {"nodes": 412, "operators": {"MatMul": 61, "LayerNormalization": 13}},
+    }
+    return Manifest(**{**values, **changes})
+
+
+def written(folder, made=None, **arguments):
+    (folder / "model.onnx").write_bytes(b"x" * 2_500_000)
+    write_report(folder, made or manifest(), **arguments)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def words(page):
+    """The page's text as it is read: no tags, entities resolved, white space single."""
+    body = page.partition("<body>")[2]
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def parsed(page):
+    """Every element of the page: its tag and the names of its attributes."""
+    found = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, [name for name, _ in attributes]))
+    parser.feed(page)
+    return found
+
+
+def test_report_json_holds_what_the_page_shows(tmp_path):
+    written(
+        tmp_path, manifest(stages=stages(1e-3, "failed"), verdict="failed"), pictures=digits(3), facts={"notes": ["Fused."], "cpu": "x"}
+    )
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    value = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert value["verdict"] == "failed"
+    assert value["model"] == "dit-digits"
+    assert value["stages"][1]["metrics"][2]["shape"] == [5, 1, 8, 8]
+    assert len(value["stages"][1]["metrics"][0]["histogram"]) == len(value["histogram_edges"]) + 1
+    assert value["stages"][0]["metrics"][0]["psnr_db"] == "inf"
+    assert [m["case"] for m in value["missed"]] == ["example", "second", "resized"]
+    assert value["missed"][0]["metric"] == "max_relative"
+    assert value["pictures"]["count"] == 3
+    assert value["pictures"]["metrics"]["psnr_db"] > 70
+    assert value["notes"] == ["Fused."]
+    assert value["facts"] == {"cpu": "x"}
+    assert value["file_sizes"] == {"model.onnx": 2_500_000}
+    assert value["weights"]["parameters"] == 683_024
+    assert "files" not in value, "hashes are the manifest's"
+    Report.model_validate(value)
+
+
+@pytest.mark.parametrize("pictures", [None, digits(3)], ids=["plain", "pictures"])
+def test_render_makes_the_same_page_and_leaves_the_bundle_alone(tmp_path, pictures):
+    page = written(tmp_path, pictures=pictures, facts={"warnings": ["Careful."], "when": (1, 2.5)})
+    write_manifest(tmp_path, manifest())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert render(tmp_path) == page
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_render_follows_the_manifest(tmp_path):
+    written(tmp_path, pictures=digits(2))
+    write_manifest(tmp_path, manifest(stages=stages(1e-3, "failed"), verdict="failed"))
+    page = render(tmp_path)
+    assert "not close enough to PyTorch" in words(page)
+    assert page.count("<img") == 6
+
+
+def test_same_report_same_bytes(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        written(tmp_path / name, pictures=digits(3))
+    files = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in "ab"]
+    assert files[0] == files[1]
+    assert len(files[0]) == 3 + 9
+
+
+def test_the_page_fetches_nothing(tmp_path):
+    page = written(tmp_path, pictures=digits(3))
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in page
+    assert re.findall(r"(?i)<(?:script|link|iframe|object|embed|base|form|a)\b", page) == []
+    assert re.findall(r"(?i)\burl\(|@import|srcset|\bon[a-z]+=|javascript:", page) == []
+    assert {source.split(",")[0] for source in re.findall(r'\bsrc="([^"]*)"', page)} == {"data:image/png;base64"}
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+def test_hostile_names_stay_text(tmp_path):
+    tensor = TensorInfo(name=HOSTILE, dtype=HOSTILE, shape=(HOSTILE, 2))
+    metrics = tuple(m.model_copy(update={"case": HOSTILE, "output": HOSTILE}) for m in rows(1e-3))
+    broken = metrics[0].model_copy(update={"problem": HOSTILE})
+    hostile = manifest(
+        model=HOSTILE,
+        target=HOSTILE,
+        precision=HOSTILE,
+        device=HOSTILE,
+        config={HOSTILE: HOSTILE},
+        options={HOSTILE: {HOSTILE: [HOSTILE]}},
+        inputs=(tensor,),
+        outputs=(tensor,),
+        sizes={HOSTILE: (1, 2, 3)},
+        weights=WeightsInfo(origin="file", path=HOSTILE, layout=HOSTILE, sha256=HOSTILE, missing=(HOSTILE,), unexpected=(HOSTILE,)),
+        stages=(StageResult(name=HOSTILE, verdict="failed", reason=HOSTILE, metrics=(*metrics, broken), device=HOSTILE),),
+        verdict="failed",
+        versions={HOSTILE: HOSTILE},
+        details={HOSTILE: HOSTILE},
+    )
+    pictures = digits(1)
+    captions = (HOSTILE,)
+    pictures = Pictures(Samples(pictures.reference.images, captions), Samples(pictures.candidate.images, captions))
+    page = written(tmp_path, hostile, pictures=pictures, facts={"warnings": [HOSTILE], "notes": [HOSTILE], HOSTILE: HOSTILE})
+    assert "<script" not in page
+    assert page.count("<img") == 3
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page, "names are not templates"
+    assert {name for _, names in parsed(page) for name in names if name.startswith("on")} == set()
+    write_manifest(tmp_path, hostile)
+    assert render(tmp_path) == page
+
+
+@pytest.mark.parametrize(
+    ("origin", "sentence"),
+    [
+        ("random", "Random weights (seed 7). The figures show whether the graph was carried across. They say little"),
+        ("shipped", "Trained weights that ship with isthmus"),
+        ("file", "Weights from a file , w.safetensors , in the diffusers layout"),
+        ("module", "Whether they are trained is not known here"),
+    ],
+)
+def test_weights_origin_in_plain_words(tmp_path, origin, sentence):
+    weights = WeightsInfo(origin=origin, path="" if origin in ("random", "module") else "w.safetensors", layout="diffusers", seed=7)
+    assert sentence in words(written(tmp_path, manifest(weights=weights)))
+
+
+def test_headline_of_a_verified_bundle():
+    made = manifest()
+    worst = max(m.max_relative for m in made.stages[1].metrics)
+    text = headline(made)
+    match = re.fullmatch(
+        r"Executed here on CPUExecutionProvider: at most (\S+) of the output's range away from PyTorch, over 3 inputs at 2 sizes\.", text
+    )
+    assert match, text
+    assert worst <= float(match[1]) < worst * 1.1, "rounded upwards, and not by much"
+
+
+def test_headline_never_claims_what_was_not_run():
+    torch = stages()[:1]
+    unrun = StageResult(name="device", verdict="not run", reason="no H100 here")
+    assert "nothing is claimed" in headline(manifest(stages=(*torch, unrun)))
+    assert "nothing is claimed" in headline(manifest(stages=(), verdict="not run"))
+    plan = StageResult(name="plan", verdict="built", reason="not executed: no H100 here")
+    text = headline(manifest(stages=(*torch, plan), verdict="built", device="NVIDIA H100"))
+    assert text == "Not executed on NVIDIA H100: it was compiled here by the vendor's tools, and nothing more."
+    text = headline(manifest(stages=(*stages(), plan.model_copy(update={"verdict": "lowered"})), verdict="lowered", device="NVIDIA H100"))
+    assert text.startswith(
+        "Not executed on NVIDIA H100: it was checked statically; its onnx form, executed on CPUExecutionProvider, is at most"
+    )
+    blocked = StageResult(name="onnx", verdict="blocked", reason="the session refused node 3.")
+    assert headline(manifest(stages=(*torch, blocked), verdict="blocked")).endswith(
+        "nothing is claimed about it: the session refused node 3."
+    )
+
+
+def test_headline_of_failures():
+    text = headline(manifest(stages=stages(1e-3, "failed"), verdict="failed"))
+    assert text.startswith("Executed here on CPUExecutionProvider, and not close enough to PyTorch: max |error| / range is")
+    assert text.endswith("expected at most 1e-05 (stage onnx, case example, output noise), and 2 more.") or "and 2 more." in text
+    broken = StageResult(name="onnx", verdict="failed", metrics=rows(0, problem=True), device="CPU")
+    text = headline(manifest(stages=(broken,), verdict="failed"))
+    assert "artifact has 1 NaN of 128 values (the first at [0, 0, 1, 2]) (stage onnx, case second, output noise)." in text
+
+
+def test_headline_of_equal_and_of_constant_outputs():
+    assert "no difference from PyTorch, over 3 inputs at 2 sizes" in headline(manifest(stages=stages(0)))
+    constant = compare(np.full(3, 2.0), np.full(3, 2.00123), case="example", output="y")
+    stage = StageResult(name="onnx", verdict="verified", metrics=(constant,), device="CPU")
+    assert (
+        headline(manifest(stages=(stage,)))
+        == "Executed here on CPU: at most 0.0013 away from PyTorch in absolute value, over 1 input at 1 size."
+    )
+
+
+def test_each_row_is_held_to_the_bounds_of_its_stage(tmp_path):
+    """Pictures and PyTorch's own stages have bounds of their own; only what misses them is marked."""
+    pictures = digits(4, error=1e-3)
+    samples = compare(pictures.reference.images, pictures.candidate.images, case="samples", output="images")
+    torch, onnx = stages()
+    onnx = onnx.model_copy(update={"metrics": (*onnx.metrics, samples), "sample_tolerance": {"min_psnr": 40.0}})
+    written(tmp_path, manifest(stages=(torch, onnx)), pictures=pictures)
+    assert json.loads((tmp_path / "report.json").read_text())["missed"] == []
+    written(tmp_path, manifest(stages=(torch, onnx.model_copy(update={"sample_tolerance": {"min_psnr": 90.0}}))), pictures=pictures)
+    (missed,) = json.loads((tmp_path / "report.json").read_text())["missed"]
+    assert (missed["case"], missed["metric"]) == ("samples", "psnr_db")
+    strict = torch.model_copy(update={"metrics": rows(1e-4)})
+    written(tmp_path, manifest(stages=(strict, onnx), tolerance={"min_psnr": 10.0}), pictures=pictures)
+    assert {m["stage"] for m in json.loads((tmp_path / "report.json").read_text())["missed"]} == {"torch"}
+
+
+def test_elementwise_bounds_are_shown(tmp_path):
+    tolerance = Tolerance(atol=1e-5, rtol=1e-3)
+    stage = StageResult(name="onnx", verdict="failed", metrics=rows(1e-2, tolerance=tolerance), device="CPU")
+    page = written(tmp_path, manifest(stages=(stage,), verdict="failed", tolerance={"atol": 1e-5, "rtol": 1e-3}))
+    assert page.count('class="n miss"') == 3
+    assert "|error| ≤ 1e-5 + 0.001 · |reference|" in words(page)
+
+
+def test_pictures_are_checked():
+    reference, candidate = digits(3).reference, digits(2).reference
+    with pytest.raises(ValueError, match="equal shapes"):
+        Pictures(reference, candidate)
+    with pytest.raises(ValueError, match="captions"):
+        Pictures(reference, Samples(reference.images, ("a", "b", "c")))
+    with pytest.raises(ValueError, match="captions"):
+        Pictures(*[Samples(reference.images, ("a",))] * 2)
+
+
+def test_many_pictures_are_cut_and_measured_all(tmp_path):
+    page = written(tmp_path, pictures=digits(MAX_PICTURES + 9))
+    assert page.count("<img") == 3 * MAX_PICTURES
+    assert f"The first {MAX_PICTURES} of {MAX_PICTURES + 9} samples are shown" in words(page)
+
+
+def test_psnr_of_pictures_is_the_formula(tmp_path):
+    pictures = digits(5, error=0.01)
+    page = written(tmp_path, pictures=pictures)
+    r, c = pictures.reference.images.astype(np.float64), pictures.candidate.images.astype(np.float64)
+    psnr = 20 * math.log10((r.max() - r.min()) / math.sqrt(((r - c) ** 2).mean()))
+    assert f"PSNR of {math.floor(psnr * 10) / 10:.1f} dB" in words(page)
+
+
+@pytest.mark.parametrize("colour", [False, True], ids=["grey", "rgb"])
+def test_stored_pictures_are_the_samples(tmp_path, colour):
+    pictures = digits(1, error=0.01, colour=colour)
+    written(tmp_path, pictures=pictures)
+    factor = json.loads((tmp_path / "report.json").read_text())["pictures"]["amplification"]
+    reference, candidate = pictures.reference.images[0], pictures.candidate.images[0]
+    for name, image in (
+        ("pytorch", reference),
+        ("artifact", candidate),
+        ("difference", np.abs(candidate.astype(float) - reference) * factor),
+    ):
+        stored = imread(tmp_path / f"report/00-{name}.png")[..., :3]
+        assert stored.shape == (96, 96, 3)
+        expected = image if colour else image[..., None].repeat(3, axis=-1)
+        assert np.abs(stored[6::12, 6::12] - expected).max() <= 0.5 / 255 + 1e-6
+        assert (stored == stored[6::12, 6::12].repeat(12, 0).repeat(12, 1)).all(), "enlarged by whole pixels"
+
+
+@pytest.mark.parametrize("largest", [1e-9, 3.3e-5, 0.0021, 0.1, 0.2, 0.5, 0.7])
+def test_amplification_makes_the_largest_difference_just_visible(largest):
+    factor = amplification(np.array([0, -largest, largest / 3]))
+    assert 0.39 < factor * largest <= 1.0000001
+    assert f"{factor:.0e}"[0] in "125"
+
+
+def test_amplification_of_nothing_and_of_too_much():
+    assert amplification(np.zeros(3)) == amplification(np.array([1.0])) == amplification(np.array([3.0])) == amplification(np.zeros(0)) == 1
+    assert amplification(np.array([np.nan, np.inf, 0.01])) == amplification(np.array([0.01]))
+
+
+def test_pixels_that_are_not_numbers_are_magenta(tmp_path):
+    image = np.array([[0.0, np.nan], [2.0, -np.inf]], np.float32)
+    pixels = to_pixels(image)[:: SIDE // 2, :: SIDE // 2]
+    assert pixels.tolist() == [[[0, 0, 0], [255, 0, 255]], [[255, 255, 255], [255, 0, 255]]]
+    pictures = Pictures(Samples(np.zeros((1, 2, 2), np.float32), ("a",)), Samples(image[None], ("a",)))
+    assert "artifact has 1 NaN of 4 values" in words(written(tmp_path, pictures=pictures))
+
+
+def test_large_pictures_keep_their_size(tmp_path):
+    write_png(tmp_path / "deep/a.png", np.zeros((128, 200)))
+    assert imread(tmp_path / "deep/a.png").shape[:2] == (128, 200)
+
+
+def damaged(name, change):
+    def damage(folder):
+        path = folder / name
+        change(path)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words_"),
+    [
+        (damaged("report.json", lambda p: p.unlink()), "holds no report.json"),
+        (damaged("report.json", lambda p: p.write_text("{")), "is not a report"),
+        (damaged("report.json", lambda p: p.write_text(p.read_text().replace("report/00-pytorch.png", "../secret.png"))), "pattern"),
+        (
+            damaged("report.json", lambda p: p.write_text(p.read_text().replace("report/00-pytorch.png", "report/00-pytorch.png\\n"))),
+            "pattern",
+        ),
+        (damaged("report/00-pytorch.png", lambda p: p.unlink()), "00-pytorch.png is missing"),
+        (damaged("report/00-pytorch.png", lambda p: p.write_text("GIF89a")), "not a PNG"),
+        (damaged("report/00-pytorch.png", lambda p: (p.unlink(), p.symlink_to("/etc/hostname"))), "00-pytorch.png is missing"),
+    ],
+    ids=["no json", "bad json", "path", "newline", "no picture", "no png", "link"],
+)
+def test_a_damaged_bundle_is_named(tmp_path, damage, words_):
+    written(tmp_path, pictures=digits(1))
+    write_manifest(tmp_path, manifest())
+    damage(tmp_path)
+    with pytest.raises(IntegrityError, match=re.escape(words_)):
+        render(tmp_path)
+
+
+def test_facts_of_any_type_are_shown(tmp_path):
+    page = written(
+        tmp_path, facts={"path": tmp_path, "peak": np.float32(1.5), "count": np.int64(3), "empty": (), "nested": {"a": {"b": True}}}
+    )
+    assert "nested.a.b yes" in words(page)
+    assert str(tmp_path) in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (1, "1"), (10, "10"), (0.5, "0.5"), (0.021349, "0.0213"), (1234.5, "1234"), (3.14159, "3.14"), (1e-5, "1e-5"),
+        (1.2345e-7, "1.23e-7"), (9.999e-4, "1e-3"), (0.0009996, "1e-3"), (123456, "1.23e5"), (-2.5, "-2.5"),
+        (math.inf, "∞"), (-math.inf, "−∞"), (math.nan, "–"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
+
+
+def test_other_figures():
+    assert cosine(1.0) == "1"
+    assert cosine(1 - 3.1e-9) == "1 − 3.1e-9"
+    assert cosine(0.5) == "0.5"
+    assert at_least_decibel(59.96) == "59.9 dB"
+    assert [size(n) for n in (0, 1023, 1536, 2_732_096, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "2.61 MiB", "3 GiB"]
+    assert [share(n, 1000) for n in (0, 1, 500, 999, 1000)] == ["0", "<1 %", "50 %", ">99 %", "100 %"]
+    assert flat({"a": {"b": [1, 2.5], "c": {}}, "d": None}) == [("a.b", "1, 2.5"), ("a.c", "none"), ("d", "none")]
+
+
+# --- In Chromium -----------------------------------------------------------------------------------------------------------------------
+
+PROBE = """<!DOCTYPE html><meta charset="utf-8"><style>html,body{margin:0}iframe{border:0;display:block}</style>
+<pre id="probe" hidden></pre><iframe id="page" width="%(width)d" height="%(height)d"></iframe>
+<script>
+const frame = document.getElementById("page");
+frame.onload = () => {
+  const page = frame.contentDocument, view = frame.contentWindow,
+    box = e => { const r = e.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; };
+  const all = (selector, f) => [...page.querySelectorAll(selector)].map(f);
+  document.getElementById("probe").textContent = JSON.stringify({
+    title: page.title, verdict: page.querySelector(".word").innerText, headline: page.querySelector(".headline").innerText,
+    colour: view.getComputedStyle(page.querySelector(".verdict")).backgroundColor,
+    images: all("img", i => [i.complete, i.naturalWidth, i.naturalHeight, i.getBoundingClientRect().width, i.alt]),
+    metrics: all("table.metrics tbody tr", r => [r.closest("table").dataset.stage, r.dataset.case, r.dataset.output, r.cells.length]),
+    missed: all("td.miss", e => e.innerText), pills: all("#stages .pill", e => e.innerText),
+    headers: all("main table", t => t.querySelectorAll("th[scope]").length), bars: all(".histogram .bar", e => box(e)[3]),
+    resources: view.performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:")),
+    grid: page.querySelector("#pictures") && box(page.querySelector("#pictures")), overflow: page.documentElement.scrollWidth - %(width)d,
+    height: page.documentElement.scrollHeight, order: all("h2", e => e.innerText),
+    wide: all("body *", e => e).filter(e => !e.closest(".scroll") && box(e)[0] + box(e)[2] > %(width)d + 1)
+      .map(e => e.outerHTML.slice(0, 80)),
+  });
+};
+frame.src = "report.html";
+</script>"""
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):  # noqa: ARG002
+        self.server.asked.append(self.path)
+
+
+def look(folder, *, width=1200, height=3000, dark=False, shot=None):
+    """Opens a report in a frame of the given size, in headless Chromium.
+
+    Returns what a script beside the frame (the page itself allows none) finds in it, and the screenshot, (H, W, 3) in 0 to 255.
+    """
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "this test needs Chromium: install Debian's package `chromium` (apt-get install chromium)"
+    (folder / "probe.html").write_text(PROBE % {"width": width, "height": height}, encoding="utf-8")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    picture = shot or folder / "shot.png"
+    try:
+        done = subprocess.run(
+            [
+                chromium,
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+                *([] if not dark else ["--blink-settings=preferredColorScheme=0"]),
+                f"--user-data-dir={folder / 'profile'}",
+                f"--window-size={max(width, 500)},{height}",
+                f"--screenshot={picture}",
+                "--virtual-time-budget=10000",
+                "--dump-dom",
+                f"http://127.0.0.1:{server.server_port}/probe.html",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert {path for path in server.asked if path != "/favicon.ico"} == {"/probe.html", "/report.html"}, server.asked
+    found = re.search(r'(?s)<pre id="probe"[^>]*>(.+?)</pre>', done.stdout)
+    assert found, done.stderr[-2000:]
+    pixels = np.round(imread(picture)[:height, :width, :3] * 255).astype(int)
+    return json.loads(html.unescape(found[1])), pixels
+
+
+def colour_of(text):
+    return [int(n) for n in re.findall(r"\d+", text)[:3]]
+
+
+def colours(pixels):
+    return len(np.unique(pixels.reshape(-1, 3), axis=0))
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verified")
+    pictures = digits(10)
+    torch, onnx = stages()
+    samples = compare(pictures.reference.images, pictures.candidate.images, case="samples", output="images")
+    onnx = onnx.model_copy(update={"metrics": (*onnx.metrics, samples), "sample_tolerance": {"min_psnr": 60.0}})
+    idle = StageResult(name="device", verdict="not run", reason="there is no CUDA device here")
+    written(folder, manifest(stages=(torch, onnx, idle)), pictures=pictures, facts={"notes": ["13 LayerNormalization nodes were fused."]})
+    return folder
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_chromium_shows_a_verified_report(verified, dark):
+    seen, pixels = look(verified, dark=dark)
+    assert seen["verdict"] == "VERIFIED"
+    assert seen["headline"].startswith("Executed here on CPUExecutionProvider: at most ")
+    assert seen["title"] == "verified: dit-digits for onnxruntime, fp32"
+    assert seen["pills"] == ["verified", "verified", "not run"]
+    assert seen["metrics"] == [
+        *(["torch", case, "noise", 10] for case in ("example", "second", "resized")),
+        *(["onnx", case, "noise", 10] for case in ("example", "second", "resized")),
+        ["onnx", "samples", "images", 10],
+    ]
+    assert seen["missed"] == []
+    assert len(seen["images"]) == 30
+    for complete, natural_width, natural_height, width, alt in seen["images"]:
+        assert complete
+        assert natural_width == natural_height == 96
+        assert width >= 64
+        assert alt.startswith("digit")
+    assert seen["resources"] == []
+    assert seen["overflow"] <= 0
+    assert min(seen["headers"]) >= 1, "every table has headers with a scope"
+    assert max(seen["bars"]) > 80
+    assert min(seen["bars"]) >= 3
+    assert [heading.split()[0] for heading in seen["order"]] == ["Stages", "Accuracy", "How", "Pictures", "Inputs", "How"]
+    # The picture of it: the verdict's colour fills the head, the grid has structure, the ground is light or dark.
+    green = colour_of(seen["colour"])
+    assert green[1] > green[0] + 40
+    assert (pixels[:120] == green).all(axis=-1).mean() > 0.5
+    assert colours(pixels) > 200
+    x, y, w, h = (round(v) for v in seen["grid"])
+    grid = pixels[y : y + h, x : x + w]
+    assert colours(grid) > 50
+    assert grid.std() > 20
+    assert (pixels[-1, 0].mean() < 60) == dark
+
+
+def test_chromium_shows_it_on_a_phone(verified):
+    seen, pixels = look(verified, width=390, height=5000)
+    assert seen["overflow"] <= 0
+    assert seen["wide"] == [], "only tables scroll sideways"
+    assert pixels.shape[1] == 390
+    assert all(complete and width >= 64 for complete, _, _, width, _ in seen["images"])
+
+
+def test_chromium_shows_a_failure(tmp_path):
+    failing = StageResult(name="onnx", verdict="failed", reason="2 bounds", metrics=rows(1e-3, problem=True), device="CPUExecutionProvider")
+    written(tmp_path, manifest(stages=(failing,), verdict="failed"), facts={"warnings": ["Calibrated on random data."]})
+    seen, pixels = look(tmp_path)
+    assert seen["verdict"] == "FAILED"
+    assert len(seen["missed"]) == 3
+    assert any("1 NaN" in text for text in seen["missed"])
+    assert all(text.startswith("✗") for text in seen["missed"])
+    red = colour_of(seen["colour"])
+    assert red[0] > red[1] + 80
+    assert (pixels[:120] == red).all(axis=-1).mean() > 0.5
+
+
+@pytest.mark.parametrize(("verdict", "leading"), [("built", 0), ("blocked", 0), ("not run", 2)])
+def test_chromium_shows_the_other_verdicts(tmp_path, verdict, leading):
+    stage = StageResult(name="plan", verdict=verdict, reason="no H100 here")
+    written(
+        tmp_path, manifest(stages=(stage,), verdict=verdict, device="NVIDIA H100", weights=WeightsInfo(origin="random", seed=0), sizes={})
+    )
+    seen, _ = look(tmp_path)
+    assert seen["verdict"] == verdict.upper()
+    assert "nothing" in seen["headline"]
+    colour = colour_of(seen["colour"])
+    assert colour.index(max(colour)) == leading
+
+
+def test_hostile_names_do_nothing_in_chromium(tmp_path):
+    written(tmp_path, manifest(model=HOSTILE, inputs=(TensorInfo(name=HOSTILE, dtype="f", shape=()),)), facts={HOSTILE: HOSTILE})
+    seen, _ = look(tmp_path)
+    assert seen["verdict"] == "VERIFIED"
+    assert seen["images"] == []
+    assert HOSTILE in seen["title"]

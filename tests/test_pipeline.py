@@ -1,0 +1,249 @@
+"""The whole way: model to verified bundle, for every model that is small enough, and the Python API's promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+import isthmus
+from isthmus.exporter import bundle as bundles
+from isthmus.exporter.bundle import read_cases, read_manifest, write_cases, write_manifest
+from isthmus.exporter.errors import AccuracyError, IntegrityError, MachineError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.spec import MODELS, Dynamic, SizeRange
+from isthmus.exporter.target import TARGETS
+
+SMALL = [name for name in MODELS if name.endswith(("-tiny", "-digits"))]
+PRECISIONS = [(target, precision) for target in TARGETS for precision in TARGETS[target].precisions]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.norm(self.linear(x))
+        return {"scaled": y * scale, "plain": y}
+
+
+class Branch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Counting(nn.Module):
+    """A constant that changes from call to call, which a trace bakes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Overflowing(nn.Module):
+    """Computes values that float16 cannot hold, and brings them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16, bias=False)
+        self.down = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)) * 1e-6)
+
+
+def two_inputs() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+    return TwoInputs(), (torch.randn(4, 8), torch.rand(4, 1))
+
+
+@pytest.mark.parametrize(("target", "precision"), PRECISIONS)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_model_is_verified_on_every_target(name: str, target: str, precision: str, tmp_path: Path) -> None:
+    result = isthmus.export(name, target, tmp_path / "bundle", precision=precision)
+
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest == result.manifest
+    assert result.manifest.verdict == "verified"
+    assert {s.name for s in manifest.stages} >= {"torch"}
+    cases = {m.case for s in manifest.stages for m in s.metrics}
+    assert cases >= {"example", "second", "resized"}
+    assert ("samples" in cases) == name.endswith("-digits")
+    if precision == "fp32":
+        worst = max(m.max_relative for s in manifest.stages for m in s.metrics if m.case != "samples")
+        assert worst < 1e-5
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    assert report["verdict"] == "verified"
+    assert isthmus.verify(tmp_path / "bundle").verdict == "verified"
+
+
+def test_a_pair_of_module_and_inputs_is_exported_with_named_inputs_and_outputs(tmp_path: Path) -> None:
+    module, inputs = two_inputs()
+    module.train()
+    result = isthmus.export(
+        (module, inputs),
+        "onnxruntime",
+        tmp_path / "b",
+        dynamic=[Dynamic("x", 0, SizeRange(1, 4, 8)), Dynamic("scale", 0, SizeRange(1, 4, 8))],
+    )
+    assert result.manifest.verdict == "verified"
+    assert not module.training
+    assert [i.name for i in result.manifest.inputs] == ["x", "scale"]
+    assert [i.shape for i in result.manifest.inputs] == [("x_0", 8), ("x_0", 1)]
+    assert [o.name for o in result.manifest.outputs] == ["output_0", "output_1"]
+    session = ort.InferenceSession(tmp_path / "b" / "model.onnx", providers=["CPUExecutionProvider"])
+    x, scale = torch.randn(7, 8), torch.rand(7, 1)
+    expected = module(x, scale)
+    got = session.run(None, {"x": x.numpy(), "scale": scale.numpy()})
+    for array, tensor in zip(got, expected.values(), strict=True):
+        np.testing.assert_allclose(array, tensor.detach().numpy(), atol=1e-6)
+
+
+def test_a_fixed_batch_size_and_another_opset(tmp_path: Path) -> None:
+    result = isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", batch_size=3, opset=20)
+    assert result.manifest.opset == 20
+    assert result.manifest.inputs[0].shape[0] == 3
+    assert result.manifest.sizes == {}
+
+
+def test_a_dynamic_range_replaces_the_models_own(tmp_path: Path) -> None:
+    result = isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", dynamic=[Dynamic("x", 0, SizeRange(2, 3, 5))])
+    assert result.manifest.sizes == {"batch": (2, 3, 5)}
+    assert result.manifest.inputs[0].shape[0] == "batch"
+    assert {m.shape[0] for s in result.manifest.stages for m in s.metrics} == {3, 2}
+
+
+def test_settings_reach_the_model(tmp_path: Path) -> None:
+    result = isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", settings={"depth": 1})
+    assert result.manifest.config["depth"] == 1
+    assert result.manifest.details["operators"]["Attention"] == 1
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    result = isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", dry_run=True)
+    assert result.bundle is None
+    assert result.exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_miss_writes_the_bundle_and_raises_with_the_result(tmp_path: Path) -> None:
+    with pytest.raises(AccuracyError) as caught:
+        isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", atol=1e-30)
+    assert caught.value.exit_code == 3
+    assert caught.value.result.manifest.verdict == "failed"
+    assert read_manifest(tmp_path / "b").verdict == "failed"
+    assert "expected" in str(caught.value)
+    with pytest.raises(AccuracyError):
+        isthmus.verify(tmp_path / "b")
+
+
+def test_a_constant_that_the_trace_baked_in_fails_the_torch_stage(tmp_path: Path) -> None:
+    with pytest.raises(AccuracyError) as caught:
+        isthmus.export((Counting(), (torch.randn(4),)), "onnxruntime", tmp_path / "b")
+    stages = {s.name: s.verdict for s in caught.value.result.manifest.stages}
+    assert stages["torch"] == "failed"
+
+
+def test_values_beyond_float16_stay_in_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Overflowing().eval()
+    nn.init.uniform_(module.up.weight, 2e4, 3e4)
+    result = isthmus.export((module, (torch.rand(4, 16),)), "onnxruntime", tmp_path / "b", precision="fp16")
+    assert result.manifest.verdict == "verified"
+
+
+def test_a_module_that_torch_cannot_capture_is_unsupported(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="does not capture Branch"):
+        isthmus.export((Branch(), (torch.randn(3),)), "onnxruntime", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_the_reference_is_a_named_failure(tmp_path: Path) -> None:
+    class Root(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sqrt()
+
+    with pytest.raises(AccuracyError, match="NaN"):
+        isthmus.export((Root(), (torch.tensor([-1.0, 4.0]),)), "onnxruntime", tmp_path / "b")
+
+
+def test_arguments_are_checked(tmp_path: Path) -> None:
+    pair = two_inputs()
+    with pytest.raises(UnknownNameError, match="dit-tinny"):
+        isthmus.export("dit-tinny", "onnxruntime", tmp_path / "b")
+    with pytest.raises(UnknownNameError, match="precision"):
+        isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", precision="fp4")
+    with pytest.raises(UnknownNameError, match="opset"):
+        isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", opset=27)
+    with pytest.raises(MachineError, match="CUDAExecutionProvider"):
+        isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", options={"execution_provider": "cuda"})
+    with pytest.raises(UsageError, match="without example inputs"):
+        isthmus.export(pair[0], "onnxruntime", tmp_path / "b")
+    with pytest.raises(UsageError, match="--dynamic names the input z"):
+        isthmus.export(pair, "onnxruntime", tmp_path / "b", dynamic=[Dynamic("z", 0, SizeRange(1, 2, 3))])
+    with pytest.raises(UnsupportedError, match="not all tensors"):
+        isthmus.export((pair[0], (pair[1][0], 3.0)), "onnxruntime", tmp_path / "b")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="settings of dit-tiny contradict"):
+        isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", settings={"hidden_size": 33})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
+    isthmus.export(two_inputs(), "onnxruntime", tmp_path / "b")
+    path = tmp_path / "b" / "model.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"model\.onnx: sha256 is") as caught:
+        isthmus.verify(tmp_path / "b")
+    assert caught.value.exit_code == 1
+
+
+def test_verify_measures_again(tmp_path: Path) -> None:
+    """A bundle whose files are whole, and whose artifact computes something else than its reference."""
+    isthmus.export(two_inputs(), "onnxruntime", tmp_path / "b")
+    manifest = read_manifest(tmp_path / "b")
+    outputs = read_cases(tmp_path / "b" / bundles.OUTPUTS)
+    outputs["second"]["output_1"][0, 0] += 0.01
+    write_cases(tmp_path / "b" / bundles.OUTPUTS, outputs)
+    write_manifest(tmp_path / "b", manifest)
+    with pytest.raises(AccuracyError) as caught:
+        isthmus.verify(tmp_path / "b")
+    assert "second" in str(caught.value)
+    assert "output_1" in str(caught.value)
+
+
+def test_report_is_rendered_again(tmp_path: Path) -> None:
+    isthmus.export(two_inputs(), "onnxruntime", tmp_path / "b")
+    page = tmp_path / "b" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert isthmus.report(tmp_path / "b") == page
+    assert page.read_bytes() == before
+    assert isthmus.verify(tmp_path / "b").verdict == "verified"
+
+
+def test_inspect_gives_json_values(tmp_path: Path) -> None:
+    isthmus.export(two_inputs(), "onnxruntime", tmp_path / "b")
+    value = json.loads(json.dumps(isthmus.inspect(tmp_path / "b")))
+    assert value["target"] == "onnxruntime"
+    assert value["files"]["model.onnx"] == (tmp_path / "b" / "model.onnx").stat().st_size
+
+
+def test_the_manifest_has_what_the_contract_names(tmp_path: Path) -> None:
+    isthmus.export(two_inputs(), "onnxruntime", tmp_path / "b")
+    value = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert {"schema", "model", "target", "precision", "inputs", "outputs", "verdict", "stages", "files"} <= set(value)
+    assert all({"name", "verdict", "reason", "metrics"} <= set(stage) for stage in value["stages"])
+    assert dataclasses.is_dataclass(isthmus.ExportResult)
