@@ -11,7 +11,7 @@ PARITY_READY := $(PARITY_VENV)/.ready
 PARITY_REQUIREMENTS := tests/parity/requirements.txt
 
 # The folders are reached through src/isthmus/, where relative imports are what they will be in the wheel.
-SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py pipeline.py cli.py exporter targets models calibration) tests benchmarks training)
+SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py pipeline.py terminal.py cli.py exporter targets models calibration) tests benchmarks training)
 
 .PHONY: help demo test check parity bench clean
 

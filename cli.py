@@ -12,17 +12,15 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import json
 import logging
 import math
 import os
 import signal
 import sys
-import time
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -30,13 +28,12 @@ import click
 
 from isthmus import __version__
 from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UsageError
+from isthmus.terminal import Progress, print_export, print_fields, print_json, print_table, print_verified
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from isthmus.exporter.bundle import StageResult
     from isthmus.exporter.registry import Registry
-    from isthmus.pipeline import ExportResult, VerifyResult
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -112,7 +109,7 @@ def _fail(error: BaseException, *, as_json: bool) -> int:
     print(f"error: {known}", file=sys.stderr)
     if as_json:
         with contextlib.suppress(OSError):
-            _print_json({**_summary_of(error), "error": _error_value(known), "exit_code": code})
+            print_json({**_summary_of(error), "error": _error_value(known), "exit_code": code})
     return code
 
 
@@ -189,61 +186,6 @@ def _quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-class _Progress:
-    """Shows named steps on stderr: a spinner on a terminal, one line for each finished step elsewhere."""
-
-    def __init__(self) -> None:
-        # The stream of this moment: while a step runs, the libraries' stderr is redirected.
-        self._stream = sys.stderr
-        self._silent = logging.getLogger("isthmus").getEffectiveLevel() > logging.INFO and logging.getLogger("isthmus").level != 0
-        self._depth = 0
-
-    @contextlib.contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        started = time.perf_counter()
-        self._depth += 1
-        try:
-            with self._spinner(title) if self._depth == 1 else contextlib.nullcontext():
-                yield
-        finally:
-            self._depth -= 1
-        if not self._silent:
-            print(f"{'  ' * self._depth}{title} ({time.perf_counter() - started:.1f} s)", file=self._stream, flush=True)
-
-    def _spinner(self, title: str) -> contextlib.AbstractContextManager[object]:
-        if self._silent or not self._stream.isatty():
-            return contextlib.nullcontext()
-        from rich.console import Console
-        from rich.live import Live
-        from rich.spinner import Spinner
-
-        console = Console(file=self._stream)
-        return Live(
-            Spinner("dots", title), console=console, transient=True, refresh_per_second=8, redirect_stdout=False, redirect_stderr=False
-        )
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False, default=str))
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with lines on a terminal; aligned columns, never cut, elsewhere."""
-    if sys.stdout.isatty():
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*header, box=box.SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 # isthmus, list, doctor
 
 
@@ -269,12 +211,12 @@ def list_command(kind: str | None, style: str) -> None:
     """Lists what exists: models, targets, operators and calibrators."""
     registries = {name: registry for name, registry in _registries().items() if kind in (None, name)}
     if style == "json":
-        _print_json({name: _entries(registry) for name, registry in registries.items()})
+        print_json({name: _entries(registry) for name, registry in registries.items()})
         return
     for name, registry in registries.items():
         entries = sorted(registry.index.values(), key=lambda e: e.name) if registry is not None else []
         if entries:
-            _print_table((name, "summary"), [(e.name, e.summary) for e in entries])
+            print_table((name, "summary"), [(e.name, e.summary) for e in entries])
         else:
             print(f"{name}: none registered yet")
         if kind is None and name != _KINDS[-1]:
@@ -307,7 +249,7 @@ def doctor(style: str) -> int:
     report = examine([TARGETS[name] for name in TARGETS])
     code = 0 if report.can_lower else 5
     if style == "json":
-        _print_json({**report.value(), "exit_code": code})
+        print_json({**report.value(), "exit_code": code})
         return code
     for name, text in report.facts.items():
         print(f"{name:<12} {text}")
@@ -485,61 +427,16 @@ def export(ctx: click.Context, /, style: str, **given: Any) -> int:
     from isthmus import pipeline
 
     try:
-        result = pipeline.export(**arguments, progress=_Progress())
+        result = pipeline.export(**arguments, progress=Progress())
     except AccuracyError as error:
         if style == "text":
-            _print_export(error.result)
+            print_export(error.result)
         raise
     if style == "json":
-        _print_json(result.summary())
+        print_json(result.summary())
     else:
-        _print_export(result)
+        print_export(result)
     return result.exit_code
-
-
-def _print_export(result: ExportResult) -> None:
-    manifest = result.manifest
-    print(f"{manifest.model} for {manifest.target} in {manifest.precision}: {manifest.verdict}")
-    _print_stages(manifest.stages)
-    if result.bundle is None:
-        print("a dry run: nothing was written")
-    else:
-        print(f"bundle: {result.bundle}\nreport: {result.bundle / 'report.html'}")
-
-
-def _print_verified(result: VerifyResult) -> None:
-    print(f"{result.bundle}: its files are what the manifest says, and it is {result.verdict}")
-    _print_stages(result.stages)
-
-
-def _print_stages(stages: Sequence[StageResult]) -> None:
-    for stage in stages:
-        print(f"  {stage.name:<12} {stage.verdict:<9} {_evidence(stage)}".rstrip())
-
-
-def _evidence(stage: StageResult) -> str:
-    """The worst figures of a stage, or why there are none."""
-    parts = [stage.reason] if stage.reason else []
-    if stage.metrics:
-        error = max(m.max_relative for m in stage.metrics)
-        psnr = min(m.psnr_db for m in stage.metrics)
-        parts.append(f"worst error {error:.1e} of the output's range, PSNR {psnr:.1f} dB")
-    return "; ".join(parts)
-
-
-def _print_fields(value: Mapping[str, Any], indent: int = 0) -> None:
-    """Nested values as indented lines."""
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            print(f"{' ' * indent}{key}:")
-            _print_fields(item, indent + 2)
-        elif isinstance(item, list | tuple) and item and isinstance(item[0], Mapping):
-            print(f"{' ' * indent}{key}:")
-            for element in item:
-                print(f"{' ' * indent}  - {', '.join(f'{k}: {v}' for k, v in element.items() if v not in ('', None, [], {}))}")
-        else:
-            text = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
-            print(f"{' ' * indent}{key}: {text if text not in ('', None, {}) else '-'}")
 
 
 # verify, inspect, report
@@ -566,15 +463,15 @@ def verify(bundle: Path, style: str) -> int:
     from isthmus import pipeline
 
     try:
-        result = pipeline.verify(bundle, progress=_Progress())
+        result = pipeline.verify(bundle, progress=Progress())
     except AccuracyError as error:
         if style == "text":
-            _print_verified(error.result)
+            print_verified(error.result)
         raise
     if style == "json":
-        _print_json(result.summary())
+        print_json(result.summary())
     else:
-        _print_verified(result)
+        print_verified(result)
     return result.exit_code
 
 
@@ -590,9 +487,9 @@ def inspect(bundle: Path, style: str) -> None:
 
     value = pipeline.inspect(bundle)
     if style == "json":
-        _print_json(value)
+        print_json(value)
     else:
-        _print_fields(value)
+        print_fields(value)
 
 
 @main.command(short_help="Rebuild a bundle's report, print its path.")
@@ -607,7 +504,7 @@ def report(bundle: Path, style: str) -> None:
 
     path = pipeline.report(bundle)
     if style == "json":
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
         print(path)
 

@@ -30,8 +30,8 @@ _LOWER = (
 )
 _FLOAT32 = (
     "layer_norm native_layer_norm rms_norm group_norm native_group_norm instance_norm batch_norm softmax log_softmax _softmax exp exp2 "
-    "expm1 log log2 log10 log1p pow rsqrt sqrt reciprocal sum mean prod norm linalg_vector_norm cumsum cumprod var std sin cos tan softplus "
-    "logsumexp div"
+    "expm1 log log2 log10 log1p pow rsqrt sqrt reciprocal sum mean prod norm linalg_vector_norm cumsum cumprod var std sin cos tan "
+    "softplus logsumexp div"
 ).split()
 
 

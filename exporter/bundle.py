@@ -339,6 +339,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """The path of a bundle's file by its name in the manifest; None when the name leads out of the bundle."""
+    pure = PurePosixPath(name)
+    path = folder / pure
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(folder.resolve()):
+        return None
+    return path
+
+
 def check_integrity(folder: Path, manifest: Manifest) -> None:
     """Compares every file of the bundle with its manifest.
 
@@ -346,11 +355,9 @@ def check_integrity(folder: Path, manifest: Manifest) -> None:
         IntegrityError: Files are changed, missing or additional, or a path leads out of the bundle; all are listed.
     """
     reasons = []
-    root = folder.resolve()
     for name, expected in manifest.files.items():
-        pure = PurePosixPath(name)
-        path = folder / pure
-        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root):
+        path = inside(folder, name)
+        if path is None:
             reasons.append(Reason("the path leads out of the bundle", where=name))
         elif not path.is_file():
             reasons.append(Reason("the file is missing", where=name))

@@ -62,7 +62,7 @@ def to_onnx(
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(
             "torch.onnx.export does not translate this program",
-            reasons=_untranslated(program) or [Reason(_innermost(error))],
+            reasons=_untranslated(program, error),
             hint="replace these operators by ones that ONNX has, or by several",
         ) from error
     assert result is not None
@@ -110,8 +110,8 @@ def _innermost(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _untranslated(program: torch.export.ExportedProgram) -> list[Reason]:
-    """Every operator of the program that torch.onnx cannot translate, not only the first that stopped it.
+def _untranslated(program: torch.export.ExportedProgram, error: BaseException) -> list[Reason]:
+    """Every operator of the program that torch.onnx cannot translate, not only the first that stopped it; else what stopped it.
 
     Dispatching node by node needs torch's internal registry; torch 2.13 offers no public way to ask.
     """
@@ -121,15 +121,22 @@ def _untranslated(program: torch.export.ExportedProgram) -> list[Reason]:
     with quiet("torch.onnx"):
         registry = _registration.ONNXRegistry.from_torchlib()
         table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
-        for node in program.run_decompositions(table).graph.nodes:
-            if node.op == "call_function" and hasattr(node.target, "_schema") and str(node.target) not in reasons:
-                function, message = _dispatching.dispatch(node, registry)
-                if function is None:
-                    scope = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-                    reasons[str(node.target)] = Reason(
-                        f"{node.target} has no ONNX translation ({message})", where=scope[-1] if scope else ""
-                    )
-    return list(reasons.values())
+        try:
+            nodes = list(program.run_decompositions(table).graph.nodes)
+        except Exception as failure:  # whatever stops the decomposition is what stopped the export
+            return [Reason(_innermost(failure))]
+        for node in nodes:
+            # torch.onnx drops assertions before it translates.
+            if node.op != "call_function" or str(node.target) in reasons or "assert" in str(node.target):
+                continue
+            if not hasattr(node.target, "_schema"):
+                continue
+            function, message = _dispatching.dispatch(node, registry)
+            if function is None:
+                scope = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+                where = scope[-1] if scope else ""
+                reasons[str(node.target)] = Reason(f"{node.target} has no ONNX translation ({message})", where=where)
+    return list(reasons.values()) or [Reason(_innermost(error))]
 
 
 def _rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:

@@ -188,6 +188,12 @@ def _size_of(named: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, 
 
 
 def _named(module: nn.Module, example: object) -> dict[str, torch.Tensor]:
+    keyword_only = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    if isinstance(example, Mapping) and (given := [name for name in keyword_only if name in example]):
+        raise UnsupportedError(
+            f"forward takes {', '.join(given)} by keyword only, and an exported graph has positional inputs",
+            hint="wrap the module in one whose forward takes them by position",
+        )
     if isinstance(example, torch.Tensor):
         example = (example,)
     if isinstance(example, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import traceback
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ def trace(
             try:
                 with torch.no_grad(), quiet("torch._dynamo", "torch.fx", "torch.export"):
                     return torch.export.export(
-                        module, tuple(inputs.values()), dynamic_shapes=_dimensions(inputs, dynamic, ranges, named), strict=strict
+                        module, tuple(inputs.values()), dynamic_shapes=_dimensions(module, inputs, dynamic, ranges, named), strict=strict
                     )
             except Exception as error:  # torch.export raises whatever the user's code and its own layers raise
                 failures.append(error)
@@ -106,18 +107,30 @@ def _bad_axes(
 
 
 def _dimensions(
-    inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]], ranges: Mapping[str, SizeRange], named: bool
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    dynamic: Mapping[str, Mapping[int, str]],
+    ranges: Mapping[str, SizeRange],
+    named: bool,
 ) -> Any:
     from torch.export import Dim
 
+    if not dynamic:
+        return None
     dims = {size: Dim(size, min=r.min, max=r.max) for size, r in ranges.items()} if named else {}
-    return tuple(
+    shapes = tuple(
         {
             axis: dims[size] if named else Dim.DYNAMIC(min=ranges[size].min, max=ranges[size].max)
             for axis, size in dynamic.get(name, {}).items()
         }
         for name in inputs
     )
+    # torch.export wants the structure of the signature: what `*args` takes is one tuple.
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        return (*shapes[:first], shapes[first:])
+    return shapes
 
 
 def _reason(error: Exception) -> Reason:

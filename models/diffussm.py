@@ -21,6 +21,10 @@ What differs from the paper, and why:
 - **Tokens keep their own embedding.** Each latent is embedded by itself into D / M channels, and M neighbours are laid side by side.
 - **Position.** The paper names no position embedding, and the published size has none; `position_embedding` adds a learned one.
 
+Of `diffussm-xl`, the paper gives depth 29, D = 1152, M = 2 and 673 M parameters (ours: 648 M, the SSM being another). Inferred: E = 2 D and
+the order of the dense layers, which are what agrees with 13 D^2; N = 16, a convolution of 4 and delta of rank D / 16 are Mamba's defaults;
+embedders, AdaLN, final layer and the predicted variance are DiT's.
+
 A popular sketch of DiffuSSM (SSM, then a feed-forward layer, both at full length) has neither the hourglass nor the second direction nor
 any conditioning path, and is not this network.
 """
@@ -200,11 +204,14 @@ class DiffuSSMBlock(nn.Module):
         self.w0 = nn.Linear(width, width)
         self.up = nn.Linear(width, config.hourglass * inner)
         self.mixer = BidirectionalMamba(inner, config.state_size, config.conv_size, dt_rank=math.ceil(width / 16))
-        # M matrices, one for each place in a position, from E to E / M channels.
-        self.down = nn.Conv1d(config.hourglass * inner, inner, 1, groups=config.hourglass)
+        self.down = nn.ModuleList(nn.Linear(inner, inner // config.hourglass) for _ in range(config.hourglass))
         self.w1 = nn.Linear(width, width)
         self.w2 = nn.Linear(inner, width)
         self.w3 = nn.Linear(width, width)
+        # Torch's default would shrink the signal at each of the five dense layers, and the branch would start out nearly silent.
+        for layer in (self.w0, self.up, *self.down, self.w1, self.w2, self.w3):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Maps the stream (B, J, D), given the condition (B, D), to (B, J, D)."""
@@ -212,8 +219,8 @@ class DiffuSSMBlock(nn.Module):
         shift, scale, gate = self.modulation(condition).chunk(3, dim=1)
         h = modulate(self.norm(x), shift, scale)
         spread = F.gelu(self.up(F.gelu(self.w0(h)))).reshape(batch, positions * self.hourglass, -1)
-        mixed = self.mixer(spread).reshape(batch, positions, -1)
-        gathered = F.gelu(self.down(mixed.transpose(1, 2)).transpose(1, 2))
+        mixed = self.mixer(spread).reshape(batch, positions, self.hourglass, -1)
+        gathered = F.gelu(torch.cat([down(mixed[:, :, place]) for place, down in enumerate(self.down)], dim=-1))
         fused = F.gelu(self.w2(gathered)) * F.gelu(self.w1(h))
         out: Tensor = x + gate.unsqueeze(1) * self.w3(fused)
         return out
@@ -285,9 +292,9 @@ class DiffuSSM(nn.Module):
 @register_model(
     "diffussm-small",
     DiffuSSMConfig(hidden_size=384, depth=12),
-    summary="DiffuSSM with 12 blocks of width 384, 32x32 latents",
+    summary="DiffuSSM with 12 blocks of width 384, 31 M parameters, 32x32 latents",
 )
-@register_model("diffussm-xl", DiffuSSMConfig(), summary="DiffuSSM-XL, 32x32 latents")
+@register_model("diffussm-xl", DiffuSSMConfig(), summary="DiffuSSM-XL, 648 M parameters, 32x32 latents")
 def diffussm(config: DiffuSSMConfig) -> ModelSpec:
     """A DiffuSSM with Mamba mixers."""
 
@@ -330,6 +337,7 @@ def diffussm_digits(config: DiffuSSMConfig) -> ModelSpec:
     """A DiffuSSM trained on scikit-learn's digits."""
     return dataclasses.replace(
         diffussm(config),
+        ranges={"batch": SizeRange(1, 40, 64)},
         weights=Path(__file__).parent / "weights" / "diffussm-digits.safetensors",
         sampler=digits_sampler(),
     )

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -324,4 +325,9 @@ def dit(config: DiTConfig) -> ModelSpec:
 )
 def dit_digits(config: DiTConfig) -> ModelSpec:
     """A DiT trained on scikit-learn's digits."""
-    return dataclasses.replace(dit(config), ranges={"batch": SizeRange(1, 40, 64)}, sampler=digits_sampler())
+    return dataclasses.replace(
+        dit(config),
+        ranges={"batch": SizeRange(1, 40, 64)},
+        weights=Path(__file__).parent / "weights" / "dit-digits.safetensors",
+        sampler=digits_sampler(),
+    )

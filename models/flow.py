@@ -165,5 +165,6 @@ def digits_sampler(condition: Callable[[Array], Arrays] = class_condition) -> Re
         labels=tuple(range(10)) * 2,
         names=tuple(str(digit) for digit in range(10)),
         null_label=10,
+        guidance=1.5,
         condition=condition,
     )

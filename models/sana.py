@@ -18,6 +18,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -414,5 +415,9 @@ def spell(labels: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
 def sana_digits(config: SanaConfig) -> ModelSpec:
     """A SANA transformer trained on scikit-learn's digits."""
     spec = sana(config)
-    sampler = digits_sampler(lambda labels: {"caption": spell(labels)})
-    return dataclasses.replace(spec, ranges={**spec.ranges, "batch": SizeRange(1, 40, 64)}, sampler=sampler)
+    return dataclasses.replace(
+        spec,
+        ranges={**spec.ranges, "batch": SizeRange(1, 40, 64)},
+        weights=Path(__file__).parent / "weights" / "sana-digits.safetensors",
+        sampler=digits_sampler(lambda labels: {"caption": spell(labels)}),
+    )

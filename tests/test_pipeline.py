@@ -39,6 +39,11 @@ class Branch(nn.Module):
         return x + 1 if x.sum() > 0 else x - 1
 
 
+class KeywordOnly(nn.Module):
+    def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 class Counting(nn.Module):
     """A constant that changes from call to call, which a trace bakes in."""
 
@@ -194,6 +199,8 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         isthmus.export(pair, "onnxruntime", tmp_path / "b", dynamic=[Dynamic("z", 0, SizeRange(1, 2, 3))])
     with pytest.raises(UnsupportedError, match="not all tensors"):
         isthmus.export((pair[0], (pair[1][0], 3.0)), "onnxruntime", tmp_path / "b")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="by keyword only"):
+        isthmus.export(KeywordOnly(), "onnxruntime", tmp_path / "b", inputs={"x": torch.ones(2)})
     with pytest.raises(UsageError, match="settings of dit-tiny contradict"):
         isthmus.export("dit-tiny", "onnxruntime", tmp_path / "b", settings={"hidden_size": 33})
     assert list(tmp_path.iterdir()) == []

@@ -50,7 +50,7 @@ class Settings:
 SETTINGS = {
     "dit-digits": Settings(steps=1200, batch=64, learning_rate=2e-3),
     "sana-digits": Settings(steps=900, batch=48, learning_rate=2e-3),
-    "diffussm-digits": Settings(steps=1000, batch=32, learning_rate=2e-3),
+    "diffussm-digits": Settings(steps=1500, batch=48, learning_rate=2e-3),
 }
 
 

@@ -38,7 +38,7 @@ def _matmul(inputs: Sequence[Array]) -> int:
     a, b = inputs
     if a.ndim < 2 or b.ndim < 2:
         return max(a.size, b.size)
-    return size(np.broadcast_shapes(a.shape[:-2], b.shape[:-2])) * a.shape[-2] * b.shape[-1]
+    return int(size(np.broadcast_shapes(a.shape[:-2], b.shape[:-2])) * a.shape[-2] * b.shape[-1])
 
 
 # How many elements the output has, at most, for the operators whose output can be larger than their inputs.
@@ -130,8 +130,9 @@ class FoldConstants(ir.passes.InPlacePass):
 
     def _output_bytes(self, node: ir.Node, inputs: Sequence[Array]) -> int:
         if node.op_type in _EXPANDING:
-            elements = _EXPANDING[node.op_type](inputs)
-        elif node.op_type in _BROADCAST:
+            # The first input has the output's type, or (ConstantOfShape) one at least as large.
+            return _EXPANDING[node.op_type](inputs) * inputs[0].itemsize
+        if node.op_type in _BROADCAST:
             elements = size(np.broadcast_shapes(*(array.shape for array in inputs)))
         else:
             elements = sum(array.size for array in inputs)

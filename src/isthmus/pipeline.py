@@ -346,6 +346,8 @@ def report(bundle: Path) -> Path:
 def inspect(bundle: Path) -> dict[str, Any]:
     """What a bundle is, as JSON values: its manifest without measurements and hashes, and the size of every file in bytes.
 
+    A file that is missing, or whose name leads out of the bundle, has no size: `verify` says which.
+
     Raises:
         UsageError: The folder is not a bundle.
         IntegrityError: Its manifest is not one that this version understands.
@@ -353,7 +355,8 @@ def inspect(bundle: Path) -> dict[str, Any]:
     manifest = bundles.read_manifest(bundle)
     value: dict[str, Any] = manifest.model_dump(mode="json", by_alias=True, exclude={"stages", "files"})
     value["stages"] = [{"name": s.name, "verdict": s.verdict, "reason": s.reason, "device": s.device} for s in manifest.stages]
-    value["files"] = {name: (bundle / name).stat().st_size if (bundle / name).is_file() else None for name in manifest.files}
+    paths = {name: bundles.inside(bundle, name) for name in manifest.files}
+    value["files"] = {name: path.stat().st_size if path is not None and path.is_file() else None for name, path in paths.items()}
     return value
 
 

@@ -39,6 +39,19 @@ def test_dynamic_sizes_get_their_names_and_hold_at_another_size() -> None:
     torch.testing.assert_close(program.module()(x, y), Halve()(x, y))
 
 
+class Variadic(nn.Module):
+    def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return x + sum(rest)
+
+
+@pytest.mark.parametrize("dynamic", [{}, {"x": {0: "batch"}, "rest_0": {0: "batch"}, "rest_1": {0: "batch"}}])
+def test_a_forward_of_any_number_of_inputs(dynamic: dict[str, dict[int, str]]) -> None:
+    inputs = {"x": torch.randn(4, 3), "rest_0": torch.randn(4, 3), "rest_1": torch.randn(4, 3)}
+    program = trace(Variadic(), inputs, dynamic=dynamic, ranges={"batch": SizeRange(1, 4, 8)})
+    another = [torch.randn(5 if dynamic else 4, 3) for _ in inputs]
+    torch.testing.assert_close(program.module()(*another), Variadic()(*another))
+
+
 def test_a_data_dependent_branch_is_refused_with_the_users_line() -> None:
     with pytest.raises(UnsupportedError) as caught:
         trace(Branch(), {"x": torch.randn(3)})

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+
 from isthmus.exporter.passes._rewrite import constant_tensor
 from isthmus.exporter.passes.infer_shapes import InferShapes
 
@@ -95,7 +96,14 @@ def rewrites() -> Callable[..., ir.Model]:
     """Given / Result: the pass turns the first graph into the second, and both compute the same."""
 
     def check(
-        rewrite: ir.passes.PassBase, given: str, result: str, *, opset: int = 23, runs: bool = True, atol: float = 0.0, then: ir.passes.PassBase | None = None
+        rewrite: ir.passes.PassBase,
+        given: str,
+        result: str,
+        *,
+        opset: int = 23,
+        runs: bool = True,
+        atol: float = 0.0,
+        then: ir.passes.PassBase | None = None,
     ) -> ir.Model:
         before, model, expected = (_parse(text, opset) for text in (given, given, result))
         assert rewrite(model).modified

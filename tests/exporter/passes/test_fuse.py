@@ -7,12 +7,13 @@ import math
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
 from isthmus.exporter.passes.expand_attention_mask import ExpandAttentionMask
 from isthmus.exporter.passes.fuse_attention import FuseAttention
 from isthmus.exporter.passes.fuse_gelu import FuseGelu
 from isthmus.exporter.passes.fuse_layer_normalization import FuseLayerNormalization
 from isthmus.exporter.passes.fuse_rms_normalization import FuseRMSNormalization
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 DEAD = RemoveUnusedNodesPass()
 WEIGHT = "float[8] weight = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8}"
@@ -28,7 +29,9 @@ DIVISIONS = {
 }
 
 
-def rms(square: str = "pow", division: str = "reciprocal", tail: str = "y = Mul(n, weight)", mean: str = "<keepdims=1>(square, last)") -> str:
+def rms(
+    square: str = "pow", division: str = "reciprocal", tail: str = "y = Mul(n, weight)", mean: str = "<keepdims=1>(square, last)"
+) -> str:
     return f"""f (float[batch, 5, 8] x) => (float[batch, 5, 8] y) {NORM} {{
         {SQUARES[square]}
         mean = ReduceMean{mean}
@@ -55,8 +58,13 @@ def test_rms_normalization_takes_the_weight_from_either_side(rewrites) -> None:
 
 def test_rms_normalization_without_weight_gets_ones(rewrites) -> None:
     result = RMS_RESULT.replace(WEIGHT, ONES).replace("weight)", "one_scale)")
-    rewrites(FuseRMSNormalization(), rms(tail="y = Mul(n, one)"), result.replace("y = RMS", "n = RMS").replace("one_scale)", "one_scale) y = Mul(n, one)")
-             .replace(ONES, ONES + ", float one = {1}"), then=DEAD, atol=1e-6)
+    rewrites(
+        FuseRMSNormalization(),
+        rms(tail="y = Mul(n, one)"),
+        result.replace("y = RMS", "n = RMS").replace("one_scale)", "one_scale) y = Mul(n, one)").replace(ONES, ONES + ", float one = {1}"),
+        then=DEAD,
+        atol=1e-6,
+    )
 
 
 def test_rms_normalization_keeps_the_epsilon_bit_for_bit(parse) -> None:
@@ -89,7 +97,9 @@ def test_rms_normalization_takes_in_the_casts_of_half_precision(parse, outputs) 
     "given",
     [
         rms(mean="<keepdims=1>(square, first)").replace("float eps", "int64[1] first = {1}, float eps"),  # not the last axis
-        rms(mean="<keepdims=0>(x, last) other = ReduceMean<keepdims=1>(x, last)").replace("biased = Add(mean", "biased = Add(other"),  # mean of x
+        rms(mean="<keepdims=0>(x, last) other = ReduceMean<keepdims=1>(x, last)").replace(
+            "biased = Add(mean", "biased = Add(other"
+        ),  # mean of x
         rms().replace("Pow(x, two)", "Pow(x, one)"),  # not a square
         rms().replace("n = Mul(x, inverse)", "z = Neg(x) n = Mul(z, inverse)"),  # the square of another value
         rms().replace("float[batch, 5, 8]", "double[batch, 5, 8]").replace("float ", "double ").replace("float[8]", "double[8]"),  # float64
@@ -105,7 +115,9 @@ def test_rms_normalization_needs_opset_23(leaves, opset: int) -> None:
     leaves(FuseRMSNormalization(), rms(), opset=opset)
 
 
-def layer_norm(tail: str = "scaled = Mul(n, weight) y = Add(scaled, weight)", square: str = "Mul(centred, centred)", division: str = "div") -> str:
+def layer_norm(
+    tail: str = "scaled = Mul(n, weight) y = Add(scaled, weight)", square: str = "Mul(centred, centred)", division: str = "div"
+) -> str:
     return f"""f (float[batch, 5, 8] input) => (float[batch, 5, 8] y) {NORM} {{
         average = ReduceMean<keepdims=1>(input, last)
         centred = Sub(input, average)
@@ -153,7 +165,9 @@ def test_layer_normalization_leaves_an_adaptive_scale_outside(rewrites) -> None:
     [
         layer_norm(square="Mul(centred, input)"),
         layer_norm().replace("Sub(input, average)", "Sub(average, input)"),
-        layer_norm().replace("ReduceMean<keepdims=1>(input, last)", "ReduceMean<keepdims=1>(input, first)").replace("float eps", "int64[1] first = {1}, float eps"),
+        layer_norm()
+        .replace("ReduceMean<keepdims=1>(input, last)", "ReduceMean<keepdims=1>(input, first)")
+        .replace("float eps", "int64[1] first = {1}, float eps"),
         layer_norm().replace("mean = ReduceMean", "mean = ReduceSum"),
     ],
     ids=["another square", "negated", "two axes", "sum"],
@@ -215,7 +229,9 @@ def test_gelu_leaves_near_misses(leaves, body: str) -> None:
 QKV = "float[b, 2, 5, 4] q, float[b, 2, 7, 4] k, float[b, 2, 7, 6] v"
 
 
-def attention(scores: str, *, inputs: str = QKV, out: str = "float[b, 2, 5, 6] y", turn: str = "t = Transpose<perm=[0, 1, 3, 2]>(k)", axis: int = -1) -> str:
+def attention(
+    scores: str, *, inputs: str = QKV, out: str = "float[b, 2, 5, 6] y", turn: str = "t = Transpose<perm=[0, 1, 3, 2]>(k)", axis: int = -1
+) -> str:
     return f"""f ({inputs}) => ({out}) <float c = {{0.5}}, float two = {{2}}, float negative = {{-0.5}}> {{
         {turn}
         {scores}
@@ -296,8 +312,11 @@ def test_attention_mask_is_expanded_to_the_length_of_the_queries(rewrites, outpu
 
 def test_attention_mask_is_expanded_to_a_symbolic_length(rewrites) -> None:
     given = masked("[b, 1, 1, 7]", "n") + " { y = Attention(q, k, v, mask) }"
-    result = masked("[b, 1, 1, 7]", "n") + """<int64[1] one = {1}> {
+    result = (
+        masked("[b, 1, 1, 7]", "n")
+        + """<int64[1] one = {1}> {
         n_ = Shape<start=2, end=3>(q) length = Concat<axis=0>(n_, one) e = Expand(mask, length) y = Attention(q, k, v, e) }"""
+    )
     rewrites(ExpandAttentionMask(), given, result, runs=False)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
 from isthmus.exporter.passes.fold_constants import FoldConstants
 from isthmus.exporter.passes.gather_slices import GatherSlices
 from isthmus.exporter.passes.keep_reduced_axes import KeepReducedAxes
@@ -12,14 +14,15 @@ from isthmus.exporter.passes.merge_reshaped_transposes import MergeReshapedTrans
 from isthmus.exporter.passes.remove_noops import RemoveNoOps
 from isthmus.exporter.passes.repair_squeeze import RepairSqueeze
 from isthmus.exporter.passes.split_sequences import SplitSequences
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 DEAD = RemoveUnusedNodesPass()
 
 # --- SplitToSequence ----------------------------------------------------------------------------------------------------------------
 
 
-def chunks(split: str = "s = SplitToSequence<axis=1>(x, size)", shape: str = "[2, 10]", size: str = "int64 size = {4}", c: str = "[2, 2]") -> str:
+def chunks(
+    split: str = "s = SplitToSequence<axis=1>(x, size)", shape: str = "[2, 10]", size: str = "int64 size = {4}", c: str = "[2, 2]"
+) -> str:
     return f"""f (float{shape} x) => (float[2, 4] a, float{c} c) <{size}, int64 first = {{0}}, int64 last = {{-1}}> {{
         {split} a = SequenceAt(s, first) c = SequenceAt(s, last) }}"""
 
@@ -36,12 +39,21 @@ def test_even_split_with_an_unused_part_on_a_negative_axis(rewrites) -> None:
 
 def test_split_with_sizes(rewrites) -> None:
     given = chunks(size="int64[3] size = {4, 5, 1}", c="[2, 1]")
-    rewrites(SplitSequences(), given, "f (float[2, 10] x) => (float[2, 4] a, float[2, 1] c) <int64[3] n = {4, 5, 1}> { a, b, c = Split<axis=1>(x, n) }")
+    rewrites(
+        SplitSequences(),
+        given,
+        "f (float[2, 10] x) => (float[2, 4] a, float[2, 1] c) <int64[3] n = {4, 5, 1}> { a, b, c = Split<axis=1>(x, n) }",
+    )
 
 
 def test_split_with_sizes_of_a_symbolic_axis(rewrites) -> None:
     given = chunks(shape="[2, n]", size="int64[2] size = {4, 4}", c="[2, 4]")
-    rewrites(SplitSequences(), given, "f (float[2, n] x) => (float[2, 4] a, float[2, 4] c) <int64[2] n = {4, 4}> { a, c = Split<axis=1>(x, n) }", runs=False)
+    rewrites(
+        SplitSequences(),
+        given,
+        "f (float[2, n] x) => (float[2, 4] a, float[2, 4] c) <int64[2] n = {4, 4}> { a, c = Split<axis=1>(x, n) }",
+        runs=False,
+    )
 
 
 def test_split_that_drops_the_axis(rewrites) -> None:
@@ -110,7 +122,11 @@ def test_the_last_element_of_a_symbolic_axis_is_gathered(rewrites) -> None:
         one_slice(0, 1, axis=0, squeezed=1, shape="[3, 1, 5]", out="[1, 5]"),  # another axis is squeezed
         one_slice(0, 2, step=", two"),  # one element by a step of 2
         one_slice(0, 1, shape="[n, 2, 5]"),  # a symbolic axis may be empty, where Slice clamps
-        one_slice(0, 3, shape="[1, 2, 5]").replace("y = Squeeze", "t = Squeeze").replace("(s, d) }", "(s, d) y = Add(t, s) }").replace("=> (float[2, 5] y", "=> (float[1, 2, 5] y").replace("[3] ", "[3] ")
+        one_slice(0, 3, shape="[1, 2, 5]")
+        .replace("y = Squeeze", "t = Squeeze")
+        .replace("(s, d) }", "(s, d) y = Add(t, s) }")
+        .replace("=> (float[2, 5] y", "=> (float[1, 2, 5] y")
+        .replace("[3] ", "[3] ")
         .replace("t = Squeeze(s, d)", "t = Squeeze(x, d)"),  # no Slice below the Squeeze
     ],
     ids=["axis", "step", "symbolic", "no slice"],
@@ -156,7 +172,9 @@ def test_no_ops_go(rewrites, node: str, place: str) -> None:
 
 def test_no_ops_with_symbolic_sizes(rewrites) -> None:
     head = "f (float[batch, 3] x) => (float[batch, 3] z)"
-    given = f"{head} <int64[1] zero = {{0}}, int64[1] three = {{3}}> {{ a = Neg(x) s = Shape(x) float[batch, 3] b = Reshape(a, s) z = Neg(b) }}"
+    given = (
+        f"{head} <int64[1] zero = {{0}}, int64[1] three = {{3}}> {{ a = Neg(x) s = Shape(x) float[batch, 3] b = Reshape(a, s) z = Neg(b) }}"
+    )
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]> {given.replace("float[batch, 3] b", "b")}')
     model.graph[2].outputs[0].shape = ir.Shape(["batch", 3])
     model.graph[0].outputs[0].shape = ir.Shape(["batch", 3])
@@ -208,7 +226,10 @@ def test_two_transposes_become_one_and_of_two_reshapes_the_second_stays(rewrites
 
 
 def test_a_second_reshape_that_copies_a_size_keeps_the_first(leaves) -> None:
-    leaves(RemoveNoOps(), "f (float[2, 3, 4] x) => (float[6, 4] z) <int64[3] s = {6, 2, 2}, int64[2] t = {0, 4}> { a = Reshape(x, s) z = Reshape(a, t) }")
+    leaves(
+        RemoveNoOps(),
+        "f (float[2, 3, 4] x) => (float[6, 4] z) <int64[3] s = {6, 2, 2}, int64[2] t = {0, 4}> { a = Reshape(x, s) z = Reshape(a, t) }",
+    )
 
 
 def test_cast_like_a_known_type_becomes_cast(rewrites) -> None:
@@ -239,7 +260,9 @@ def test_bodies_of_control_flow_and_functions_are_cleaned() -> None:
 
 
 def squeeze(shape: str, axes: str, out: str = "[p]") -> str:
-    return f"f (float{shape} x) => (float{out} y) <int64[{axes.count(',') + 1}] d = {{{axes}}}> {{ a = Neg(x) s = Squeeze(a, d) y = Neg(s) }}"
+    return (
+        f"f (float{shape} x) => (float{out} y) <int64[{axes.count(',') + 1}] d = {{{axes}}}> {{ a = Neg(x) s = Squeeze(a, d) y = Neg(s) }}"
+    )
 
 
 def _repaired(text: str, ranges: str = "", out: list[object] | None = None) -> list[str]:
@@ -254,7 +277,12 @@ def _repaired(text: str, ranges: str = "", out: list[object] | None = None) -> l
 
 
 def test_squeeze_of_a_size_that_is_not_one(rewrites) -> None:
-    rewrites(RepairSqueeze(), squeeze("[2, 5, 8]", "1", "[2, 5, 8]"), "f (float[2, 5, 8] x) => (float[2, 5, 8] y) { a = Neg(x) y = Neg(a) }", runs=False)
+    rewrites(
+        RepairSqueeze(),
+        squeeze("[2, 5, 8]", "1", "[2, 5, 8]"),
+        "f (float[2, 5, 8] x) => (float[2, 5, 8] y) { a = Neg(x) y = Neg(a) }",
+        runs=False,
+    )
 
 
 def test_squeeze_keeps_the_axes_that_are_one() -> None:
@@ -271,7 +299,9 @@ def test_squeeze_of_a_symbolic_size() -> None:
 
 
 def test_squeeze_from_input_to_output_becomes_identity() -> None:
-    model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 23]> f (float[2, 5] x) => (float[2, 5] y) <int64[1] d = {1}> { y = Squeeze(x, d) }')
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 23]> f (float[2, 5] x) => (float[2, 5] y) <int64[1] d = {1}> { y = Squeeze(x, d) }'
+    )
     assert RepairSqueeze()(model).modified
     assert [n.op_type for n in model.graph] == ["Identity"]
     assert len(model.graph[0].inputs) == 1
@@ -295,7 +325,9 @@ def test_equal_constants_and_nodes_are_merged_and_parameters_are_not(parse) -> N
 
 
 def test_zero_and_minus_zero_are_two_constants(parse) -> None:
-    model = parse("f (float[2] x) => (float[2] z) { a = Constant<value_float=0.0>() b = Constant<value_float=-0.0>() y = Div(x, a) w = Div(x, b) z = Max(y, w) }")
+    model = parse(
+        "f (float[2] x) => (float[2] z) { a = Constant<value_float=0.0>() b = Constant<value_float=-0.0>() y = Div(x, a) w = Div(x, b) z = Max(y, w) }"
+    )
     FoldConstants()(model)
     assert not MergeDuplicates()(model).modified
 
@@ -308,8 +340,14 @@ def test_a_reduction_keeps_its_axes(rewrites) -> None:
 
 
 def test_a_reduction_whose_reshape_does_something_else_stays(leaves) -> None:
-    leaves(KeepReducedAxes(), "f (float[4, 5, 8] x) => (float[4, 1, 5] y) <int64[1] l = {2}, int64[3] t = {4, 1, 5}> { m = ReduceMean<keepdims=0>(x, l) y = Reshape(m, t) }")
-    leaves(KeepReducedAxes(), "f (float[4, 8] x) => (float[4, 1] y, float[4] m) <int64[1] l = {1}> { m = ReduceMean<keepdims=0>(x, l) y = Unsqueeze(m, l) }")
+    leaves(
+        KeepReducedAxes(),
+        "f (float[4, 5, 8] x) => (float[4, 1, 5] y) <int64[1] l = {2}, int64[3] t = {4, 1, 5}> { m = ReduceMean<keepdims=0>(x, l) y = Reshape(m, t) }",
+    )
+    leaves(
+        KeepReducedAxes(),
+        "f (float[4, 8] x) => (float[4, 1] y, float[4] m) <int64[1] l = {1}> { m = ReduceMean<keepdims=0>(x, l) y = Unsqueeze(m, l) }",
+    )
 
 
 def flattened(shape: str, flat: str, turned: str) -> str:

@@ -1,0 +1,121 @@
+"""What the command line shows: progress on stderr; results on stdout, as text, tables or JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isthmus.exporter.bundle import StageResult
+    from isthmus.pipeline import ExportResult, VerifyResult
+
+
+class Progress:
+    """Shows named steps on stderr: a spinner on a terminal, one line for each finished step elsewhere."""
+
+    def __init__(self) -> None:
+        # The stream of this moment: while a step runs, the libraries' stderr is redirected.
+        self._stream = sys.stderr
+        self._silent = logging.getLogger("isthmus").getEffectiveLevel() > logging.INFO and logging.getLogger("isthmus").level != 0
+        self._depth = 0
+
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """Shows the step as long as the block runs, and then how long it took."""
+        started = time.perf_counter()
+        self._depth += 1
+        try:
+            with self._spinner(title) if self._depth == 1 else contextlib.nullcontext():
+                yield
+        finally:
+            self._depth -= 1
+        if not self._silent:
+            print(f"{'  ' * self._depth}{title} ({time.perf_counter() - started:.1f} s)", file=self._stream, flush=True)
+
+    def _spinner(self, title: str) -> contextlib.AbstractContextManager[object]:
+        if self._silent or not self._stream.isatty():
+            return contextlib.nullcontext()
+        from rich.console import Console
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        console = Console(file=self._stream)
+        return Live(
+            Spinner("dots", title), console=console, transient=True, refresh_per_second=8, redirect_stdout=False, redirect_stderr=False
+        )
+
+
+def print_json(value: Any) -> None:
+    """One JSON object."""
+    print(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with lines on a terminal; aligned columns, never cut, elsewhere."""
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header, box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_export(result: ExportResult) -> None:
+    """The verdict of every stage, and where the bundle and its report are."""
+    manifest = result.manifest
+    print(f"{manifest.model} for {manifest.target} in {manifest.precision}: {manifest.verdict}")
+    _print_stages(manifest.stages)
+    if result.bundle is None:
+        print("a dry run: nothing was written")
+    else:
+        print(f"bundle: {result.bundle}\nreport: {result.bundle / 'report.html'}")
+
+
+def print_verified(result: VerifyResult) -> None:
+    """The verdict of every stage that was run again."""
+    print(f"{result.bundle}: its files are what the manifest says, and it is {result.verdict}")
+    _print_stages(result.stages)
+
+
+def _print_stages(stages: Sequence[StageResult]) -> None:
+    for stage in stages:
+        print(f"  {stage.name:<12} {stage.verdict:<9} {_evidence(stage)}".rstrip())
+
+
+def _evidence(stage: StageResult) -> str:
+    """The worst figures of a stage, or why there are none."""
+    parts = [stage.reason] if stage.reason else []
+    outputs = [m for m in stage.metrics if m.case != "samples"]
+    if outputs:
+        error = max(m.max_relative for m in outputs)
+        psnr = min(m.psnr_db for m in outputs)
+        parts.append(f"worst error {error:.1e} of the output's range, PSNR {psnr:.1f} dB")
+    parts += [f"pictures {m.psnr_db:.1f} dB" for m in stage.metrics if m.case == "samples"]
+    return "; ".join(parts)
+
+
+def print_fields(value: Mapping[str, Any], indent: int = 0) -> None:
+    """Nested values as indented lines."""
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            print(f"{' ' * indent}{key}:")
+            print_fields(item, indent + 2)
+        elif isinstance(item, list | tuple) and item and isinstance(item[0], Mapping):
+            print(f"{' ' * indent}{key}:")
+            for element in item:
+                print(f"{' ' * indent}  - {', '.join(f'{k}: {v}' for k, v in element.items() if v not in ('', None, [], {}))}")
+        else:
+            text = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
+            print(f"{' ' * indent}{key}: {text if text not in ('', None, {}) else '-'}")
