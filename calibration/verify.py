@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..exporter.bundle import OutputMetrics, StageResult
-from ..exporter.errors import IsthmusError, MachineError
+from ..exporter.errors import IsthmusError, MachineError, Reason
 from ..exporter.quiet import quiet
 from ..exporter.runner import Runner
 from ..exporter.spec import Arrays, Sampler, Samples, Tolerance
@@ -33,9 +33,17 @@ SAMPLE_TOLERANCES: Mapping[str, Tolerance] = {
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's values as numpy has them; bfloat16, which numpy lacks, as float32."""
+    """A copy of the tensor's values as numpy has them; bfloat16, which numpy lacks, as float32.
+
+    A copy, because a module may return its own state, or an input that it changes later.
+    """
     tensor = tensor.detach().cpu()
-    return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), copy=True)
+
+
+def to_tensors(arrays: Arrays, like: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Copies of the arrays as tensors, in the types of the example: a module may change its inputs in place."""
+    return tuple(torch.from_numpy(np.array(array, copy=True)).to(like[name].dtype) for name, array in arrays.items())
 
 
 def flatten(outputs: object) -> list[torch.Tensor]:
@@ -43,13 +51,35 @@ def flatten(outputs: object) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def module_runner(module: nn.Module, output_names: tuple[str, ...]) -> Callable[[Arrays], Arrays]:
-    """One call of a PyTorch module, inputs and outputs as numpy arrays by name."""
+def module_runner(
+    module: nn.Module, example: Mapping[str, torch.Tensor], output_names: tuple[str, ...] | None = None
+) -> Callable[[Arrays], Arrays]:
+    """One call of a PyTorch module, inputs and outputs as numpy arrays by name.
+
+    Args:
+        module: In eval mode.
+        example: Example inputs, for the inputs' types.
+        output_names: Names of the outputs; `output`, or `output_0`, `output_1`, … when they are not known.
+
+    Returns:
+        The call. It raises IsthmusError when the module does.
+    """
 
     def run(inputs: Arrays) -> Arrays:
-        with torch.no_grad(), quiet():
-            outputs = flatten(module(*(torch.from_numpy(np.ascontiguousarray(a)) for a in inputs.values())))
-        return {name: to_array(t) for name, t in zip(output_names, outputs, strict=True)}
+        try:
+            with torch.no_grad(), quiet():
+                outputs = flatten(module(*to_tensors(inputs, example)))
+        except Exception as error:  # the user's code raises what it likes
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
+            raise IsthmusError(
+                f"the PyTorch module failed: {type(error).__name__}: {error}",
+                reasons=[Reason(f"the inputs were {shapes}")],
+                hint="check the example inputs; where an axis is dynamic, the module has to run at both ends of its range",
+            ) from error
+        names = output_names or (("output",) if len(outputs) == 1 else tuple(f"output_{i}" for i in range(len(outputs))))
+        if len(names) != len(outputs) or not outputs:
+            raise IsthmusError(f"the PyTorch module gave {len(outputs)} tensors, expected {len(names) or 'at least one'}")
+        return {name: to_array(t) for name, t in zip(names, outputs, strict=True)}
 
     return run
 

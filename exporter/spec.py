@@ -104,7 +104,14 @@ class Samples:
 
 
 class Sampler(Protocol):
-    """A sampling loop over a model that it reaches only through `step`, so that PyTorch and every artifact run the same loop."""
+    """A sampling loop over a model that it reaches only through `step`, so that PyTorch and every artifact run the same loop.
+
+    Attributes:
+        batch: Rows of each call of the model; an artifact that does not take that many cannot be sampled from.
+    """
+
+    @property
+    def batch(self) -> int: ...  # noqa: D102 - see Attributes
 
     def __call__(self, step: Callable[[Arrays], Arrays], rng: np.random.Generator) -> Samples:
         """Draws pictures.

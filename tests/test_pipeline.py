@@ -15,7 +15,15 @@ from torch import nn
 import isthmus
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter.bundle import read_cases, read_manifest, write_cases, write_manifest
-from isthmus.exporter.errors import AccuracyError, IntegrityError, MachineError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.errors import (
+    AccuracyError,
+    IntegrityError,
+    IsthmusError,
+    MachineError,
+    UnknownNameError,
+    UnsupportedError,
+    UsageError,
+)
 from isthmus.exporter.spec import MODELS, Dynamic, SizeRange
 from isthmus.exporter.target import TARGETS
 
@@ -37,6 +45,16 @@ class TwoInputs(nn.Module):
 class Branch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x - 1
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(4.0))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x *= scale
+        return x + 1, self.table
 
 
 class KeywordOnly(nn.Module):
@@ -127,6 +145,29 @@ def test_a_dynamic_range_replaces_the_models_own(tmp_path: Path) -> None:
     assert result.manifest.sizes == {"batch": (2, 3, 5)}
     assert result.manifest.inputs[0].shape[0] == "batch"
     assert {m.shape[0] for s in result.manifest.stages for m in s.metrics} == {3, 2}
+
+
+def test_a_batch_that_the_sampler_does_not_have_gives_no_pictures(tmp_path: Path) -> None:
+    result = isthmus.export("dit-digits", "onnxruntime", tmp_path / "b", batch_size=2)
+    assert result.manifest.verdict == "verified"
+    assert "samples" not in {m.case for s in result.manifest.stages for m in s.metrics}
+    assert "No pictures" in (tmp_path / "b" / "report.json").read_text()
+
+
+def test_a_module_that_changes_its_input_and_returns_its_state(tmp_path: Path) -> None:
+    x, scale = torch.randn(3, 4), torch.tensor(2.0)
+    kept = x.clone()
+    result = isthmus.export((InPlace(), (x, scale)), "onnxruntime", tmp_path / "b")
+    assert result.manifest.verdict == "verified"
+    assert [i.shape for i in result.manifest.inputs] == [(3, 4), ()]
+    torch.testing.assert_close(x, kept)
+    np.testing.assert_array_equal(read_cases(tmp_path / "b" / bundles.INPUTS)["example"]["x"], kept.numpy())
+
+
+def test_a_module_that_fails_is_named_with_its_inputs(tmp_path: Path) -> None:
+    with pytest.raises(IsthmusError, match="the PyTorch module failed: RuntimeError") as caught:
+        isthmus.export((nn.Linear(8, 4), (torch.randn(2, 7),)), "onnxruntime", tmp_path / "b")
+    assert "input (2, 7)" in str(caught.value)
 
 
 def test_settings_reach_the_model(tmp_path: Path) -> None:

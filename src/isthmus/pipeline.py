@@ -31,14 +31,14 @@ from isthmus.calibration.cases import cases_of_example, cases_of_spec
 from isthmus.calibration.half import module_peaks, run_rounded
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
 from isthmus.calibration.report import Pictures, render, write_report
-from isthmus.calibration.verify import SAMPLE_TOLERANCES, compare_cases, flatten, judge, module_runner, run_stage, to_array
+from isthmus.calibration.verify import SAMPLE_TOLERANCES, compare_cases, flatten, judge, module_runner, run_stage, to_array, to_tensors
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo
 from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UnsupportedError
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.source import Model, Source, load_source
-from isthmus.exporter.spec import Dynamic, Samples, Tolerance
+from isthmus.exporter.spec import Dynamic, Sampler, Samples, Tolerance
 from isthmus.exporter.target import TARGETS, Job, Target
 from isthmus.exporter.trace import dimension_names, trace
 from isthmus.exporter.weights import nonfinite
@@ -192,23 +192,26 @@ def export(
     tolerance = _tolerance(source, precision, atol, rtol, min_psnr)
 
     with step("running PyTorch"):
-        with torch.no_grad():
-            outputs = flatten(source.module(*source.example.values()))
-        names = source.spec.outputs if source.spec else _output_names(len(outputs))
-        run = module_runner(source.module, names)
+        run = module_runner(source.module, source.example, source.spec.outputs if source.spec else None)
         arrays = {case: {name: to_array(t) for name, t in tensors.items()} for case, tensors in cases.items()}
         reference: CaseArrays = {case: dict(run(tensors)) for case, tensors in arrays.items()}
-        sampler = source.spec.sampler if source.spec and source.weights.origin in ("shipped", "file") else None
+        names = tuple(reference["example"])
+        sampler = _sampler(source)
         pictures = sampler(run, np.random.Generator(np.random.PCG64(seed))) if sampler else None
+        notes = (
+            []
+            if sampler or not (source.spec and source.spec.sampler)
+            else ["No pictures: the sampler's batch, or trained weights, are missing."]
+        )
     with step("tracing"):
         program = trace(source.module, source.example, dynamic=source.dynamic, ranges=source.ranges)
     stages = []
     with step("checking the trace against PyTorch"):
-        result, peaks = _check_trace(program, arrays, reference, names, with_peaks=precision == "fp16")
+        result, peaks = _check_trace(program, source.example, arrays, reference, with_peaks=precision == "fp16")
         stages.append(result)
     if precision in ("fp16", "bf16"):
         with step(f"running PyTorch rounded to {precision}"):
-            stages.append(_check_rounded(program, arrays, reference, names, precision, peaks, tolerance))
+            stages.append(_check_rounded(program, source.example, arrays, reference, precision, peaks, tolerance))
     with step("translating to ONNX"):
         onnx_model = onnx_files.to_onnx(
             program,
@@ -258,7 +261,7 @@ def export(
             bundles.write_cases(folder / bundles.OUTPUTS, reference)
         weights_bytes = source.weights.bytes
         # Every name that holds the weights, or holds something that does.
-        del job, onnx_model, program, run, outputs, cases, source, model
+        del job, onnx_model, program, run, cases, source, model
         _release(weights_bytes)
         drawn: Samples | None = None
         for stage in chosen.stages(folder, manifest):
@@ -285,7 +288,10 @@ def export(
         )
         with step("writing the report"):
             write_report(
-                folder, manifest, pictures=Pictures(pictures, drawn) if pictures and drawn else None, facts={"notes": list(lowered.notes)}
+                folder,
+                manifest,
+                pictures=Pictures(pictures, drawn) if pictures and drawn else None,
+                facts={"notes": [*lowered.notes, *notes]},
             )
             manifest = bundles.write_manifest(folder, manifest)
     result_ = ExportResult(destination, manifest)
@@ -374,8 +380,14 @@ def _choose(kind: str, value: Any, allowed: Sequence[Any]) -> Any:
     return value
 
 
-def _output_names(count: int) -> tuple[str, ...]:
-    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
+def _sampler(source: Source) -> Sampler | None:
+    """The model's sampler, where its weights are trained ones and the artifact will take its batches."""
+    sampler = source.spec.sampler if source.spec and source.weights.origin in ("shipped", "file") else None
+    if sampler is None:
+        return None
+    allowed = source.ranges.get("batch")
+    fits = allowed.min <= sampler.batch <= allowed.max if allowed else source.sizes.get("batch") == sampler.batch
+    return sampler if fits else None
 
 
 def _tolerance(source: Source, precision: str, atol: float | None, rtol: float | None, min_psnr: float | None) -> Tolerance:
@@ -386,20 +398,25 @@ def _tolerance(source: Source, precision: str, atol: float | None, rtol: float |
 
 
 def _check_trace(
-    program: torch.export.ExportedProgram, inputs: CaseArrays, reference: CaseArrays, names: tuple[str, ...], *, with_peaks: bool
+    program: torch.export.ExportedProgram,
+    example: Mapping[str, torch.Tensor],
+    inputs: CaseArrays,
+    reference: CaseArrays,
+    *,
+    with_peaks: bool,
 ) -> tuple[StageResult, dict[str, float]]:
     traced: CaseArrays = {}
     peaks: dict[str, float] = {}
     module = program.module()
     for case, arrays in inputs.items():
-        tensors = tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.values())
+        tensors = to_tensors(arrays, example)
         if with_peaks:
             outputs, found = module_peaks(program, tensors)
             peaks = {path: max(peaks.get(path, 0.0), found.get(path, 0.0)) for path in peaks | found}
         else:
             with torch.no_grad():
                 outputs = module(*tensors)
-        traced[case] = {name: to_array(t) for name, t in zip(names, flatten(outputs), strict=True)}
+        traced[case] = {name: to_array(t) for name, t in zip(reference[case], flatten(outputs), strict=True)}
     return judge(
         "torch", compare_cases(reference, traced), DEFAULT_TOLERANCES["fp32"], device=f"PyTorch {torch.__version__} on the CPU"
     ), peaks
@@ -407,9 +424,9 @@ def _check_trace(
 
 def _check_rounded(
     program: torch.export.ExportedProgram,
+    example: Mapping[str, torch.Tensor],
     inputs: CaseArrays,
     reference: CaseArrays,
-    names: tuple[str, ...],
     precision: str,
     peaks: Mapping[str, float],
     tolerance: Tolerance,
@@ -418,8 +435,8 @@ def _check_rounded(
     keep = [path for path, peak in peaks.items() if peak > torch.finfo(dtype).max / 2]
     rounded: CaseArrays = {}
     for case, arrays in inputs.items():
-        outputs = run_rounded(program, tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.values()), dtype, keep)
-        rounded[case] = {name: to_array(t) for name, t in zip(names, flatten(outputs), strict=True)}
+        outputs = run_rounded(program, to_tensors(arrays, example), dtype, keep)
+        rounded[case] = {name: to_array(t) for name, t in zip(reference[case], flatten(outputs), strict=True)}
     return judge(
         "torch-dtype",
         compare_cases(reference, rounded, tolerance),
