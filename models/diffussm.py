@@ -33,10 +33,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +42,7 @@ from torch import Tensor, nn
 
 from ..exporter.spec import ModelSpec, SizeRange, register_model
 from .flow import digits_sampler
-from .layers import LabelEmbedder, TimestepEmbedder, modulate
-
-if TYPE_CHECKING:
-    import numpy as np
+from .layers import LabelEmbedder, TimestepEmbedder, class_conditional_inputs, modulate
 
 
 @dataclass(frozen=True)
@@ -297,19 +292,9 @@ class DiffuSSM(nn.Module):
 @register_model("diffussm-xl", DiffuSSMConfig(), summary="DiffuSSM-XL, 648 M parameters, 32x32 latents")
 def diffussm(config: DiffuSSMConfig) -> ModelSpec:
     """A DiffuSSM with Mamba mixers."""
-
-    def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Any]:
-        batch = sizes["batch"]
-        shape = (batch, config.in_channels, config.input_size, config.input_size)
-        return {
-            "x": torch.from_numpy(rng.standard_normal(shape, dtype="float32")),
-            "t": torch.from_numpy(rng.uniform(0, 1000, batch).astype("float32")),
-            "y": torch.from_numpy(rng.integers(0, config.num_classes, batch, endpoint=True)),
-        }
-
     return ModelSpec(
         build=lambda: DiffuSSM(config).eval(),
-        inputs=inputs,
+        inputs=class_conditional_inputs(channels=config.in_channels, size=config.input_size, classes=config.num_classes),
         sizes={"batch": 2},
         dynamic={name: {0: "batch"} for name in ("x", "t", "y")},
         ranges={"batch": SizeRange(1, 2, 64)},

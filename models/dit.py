@@ -13,19 +13,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..exporter.spec import ModelSpec, SizeRange, StateDictLayout, register_model
 from ..exporter.weights import fuse, same_in_all
 from .flow import digits_sampler
-from .layers import LabelEmbedder, TimestepEmbedder, modulate, sincos_2d
-
-if TYPE_CHECKING:
-    import numpy as np
+from .layers import LabelEmbedder, PatchEmbed, TimestepEmbedder, class_conditional_inputs, modulate, sincos_2d
 
 
 @dataclass(frozen=True)
@@ -70,19 +65,6 @@ class DiTConfig:
     def out_channels(self) -> int:
         """Channels of the output."""
         return self.in_channels * (2 if self.learn_sigma else 1)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each to one token."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, H W / patch_size^2, hidden_size)."""
-        out: Tensor = self.proj(x).flatten(2).transpose(1, 2)
-        return out
 
 
 class Attention(nn.Module):
@@ -165,7 +147,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.grid = config.input_size // config.patch_size
-        self.x_embedder = PatchEmbed(config)
+        self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size, frequency_shift=config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.register_buffer("pos_embed", sincos_2d(config.hidden_size, self.grid, self.grid)[None], persistent=False)
@@ -296,19 +278,9 @@ def _diffusers_layout(config: DiTConfig) -> StateDictLayout:
 @register_model("dit-xl-2", DiTConfig(hidden_size=1152, depth=28, num_heads=16), summary="DiT-XL/2, 675 M parameters, 32x32 latents")
 def dit(config: DiTConfig) -> ModelSpec:
     """A DiT; weights may come in the authors' layout or in diffusers'."""
-
-    def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Any]:
-        batch = sizes["batch"]
-        shape = (batch, config.in_channels, config.input_size, config.input_size)
-        return {
-            "x": torch.from_numpy(rng.standard_normal(shape, dtype="float32")),
-            "t": torch.from_numpy(rng.uniform(0, 1000, batch).astype("float32")),
-            "y": torch.from_numpy(rng.integers(0, config.num_classes, batch, endpoint=True)),
-        }
-
     return ModelSpec(
         build=lambda: DiT(config).eval(),
-        inputs=inputs,
+        inputs=class_conditional_inputs(channels=config.in_channels, size=config.input_size, classes=config.num_classes),
         sizes={"batch": 2},
         dynamic={name: {0: "batch"} for name in ("x", "t", "y")},
         ranges={"batch": SizeRange(1, 2, 16)},

@@ -1,11 +1,16 @@
-"""What three or more of the architectures share."""
+"""What several of the architectures share."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def timestep_embedding(t: Tensor, dim: int, *, frequency_shift: int = 0, max_period: float = 10000.0) -> Tensor:
@@ -92,3 +97,42 @@ def sincos_2d(dim: int, height: int, width: int) -> Tensor:
     rows = torch.arange(height, dtype=torch.float64, device="cpu").repeat_interleave(width)
     columns = torch.arange(width, dtype=torch.float64, device="cpu").repeat(height)
     return torch.cat([encode(columns), encode(rows)], dim=1).float()
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each to one token: (B, C, H, W) to (B, H W / patch_size^2, hidden_size)."""
+
+    def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The tokens, row by row."""
+        out: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return out
+
+
+def class_conditional_inputs(
+    *, channels: int, size: int, classes: int
+) -> Callable[[np.random.Generator, Mapping[str, int]], dict[str, Tensor]]:
+    """Example inputs of a class-conditional denoiser on square latents, as a ModelSpec's `inputs`.
+
+    Args:
+        channels: Channels of the latents.
+        size: Their height and width.
+        classes: Number of classes; class number `classes` is the null class of classifier-free guidance, and is drawn too.
+
+    Returns:
+        A function of a generator and the named sizes (`batch`) that gives `x` (B, C, H, W) standard normal float32, `t` (B,) float32
+        in [0, 1000) and `y` (B,) int64.
+    """
+
+    def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        batch = sizes["batch"]
+        return {
+            "x": torch.from_numpy(rng.standard_normal((batch, channels, size, size), dtype="float32")),
+            "t": torch.from_numpy(rng.uniform(0, 1000, batch).astype("float32")),
+            "y": torch.from_numpy(rng.integers(0, classes, batch, endpoint=True)),
+        }
+
+    return inputs

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..exporter.spec import ModelSpec, SizeRange, StateDictLayout, register_model
 from ..exporter.weights import fuse
 from .flow import digits_sampler
-from .layers import TimestepEmbedder, modulate
+from .layers import PatchEmbed, TimestepEmbedder, modulate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,19 +76,6 @@ class SanaConfig:
                 f"hidden_size must be a multiple of head_dim and of num_cross_heads, "
                 f"got {self.hidden_size}, {self.head_dim} and {self.num_cross_heads}"
             )
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each to one token."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, H W / patch_size^2, hidden_size)."""
-        out: Tensor = self.proj(x).flatten(2).transpose(1, 2)
-        return out
 
 
 class LinearAttention(nn.Module):
@@ -207,7 +194,7 @@ class Sana(nn.Module):
         super().__init__()
         dim = config.hidden_size
         self.config = config
-        self.x_embedder = PatchEmbed(config)
+        self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
         self.t_embedder = TimestepEmbedder(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = nn.Sequential(nn.Linear(config.caption_channels, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))

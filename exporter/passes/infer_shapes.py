@@ -30,7 +30,7 @@ class InferShapes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Changes the model in place."""
-        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), check_type=False, strict_mode=False, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), check_type=False, strict_mode=False, data_prop=False)
         return ir.passes.PassResult(model, _merge(model.graph, inferred.graph))
 
 
