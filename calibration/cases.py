@@ -33,7 +33,11 @@ def cases_of_spec(spec: ModelSpec, sizes: Mapping[str, int], seed: int) -> dict[
         "second": spec.inputs(np.random.Generator(np.random.PCG64(seed + 1)), sizes),
     }
     if dynamic:
-        other = {**sizes, **{size: _other(sizes[size], spec.ranges[size]) for size in dynamic}}
+        other = dict(sizes)
+        taken: list[SizeRange] = []
+        for size in (size for size in sizes if size in dynamic):
+            other[size] = _other(sizes[size], spec.ranges[size], taken.count(spec.ranges[size]))
+            taken.append(spec.ranges[size])
         cases["resized"] = spec.inputs(np.random.Generator(np.random.PCG64(seed)), other)
     return cases
 
@@ -69,7 +73,18 @@ def cases_of_example(
     return cases
 
 
-def _other(size: int, allowed: SizeRange) -> int:
+def _other(size: int, allowed: SizeRange, before: int) -> int:
+    """Another size. Sizes of one range get different ones (height and width), so that a graph that mixes them up is found out.
+
+    Args:
+        size: The example's.
+        allowed: Its range.
+        before: How many sizes of the same range were given their value before this one.
+    """
+    if before % 2 and allowed.max <= 4 * size and allowed.max != size:
+        return allowed.max
+    if before % 2:
+        return size
     return allowed.min if allowed.min != size else allowed.max
 
 
@@ -79,19 +94,23 @@ def _redraw(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor.flatten()[torch.from_numpy(rng.permutation(tensor.numel()))].reshape(tensor.shape)
     values = tensor.double()
-    deviation = float(values.std()) if tensor.numel() > 1 else 0.0
+    finite = values[torch.isfinite(values)]  # an infinite value is a mask's and stays where it is
+    if finite.numel() == 0:
+        return tensor.clone()
+    deviation = float(finite.std()) if finite.numel() > 1 else 0.0
     # A constant tensor (a timestep, a scale) says nothing of its spread: move it by a little, towards the inside of its magnitude.
     if deviation == 0.0:
         return (values * (1 - 0.1 * rng.random())).to(tensor.dtype)
-    low, high = float(values.min()), float(values.max())
-    drawn = torch.from_numpy(rng.standard_normal(tuple(tensor.shape))) * deviation + float(values.mean())
+    drawn = torch.from_numpy(rng.standard_normal(tuple(tensor.shape))) * deviation + float(finite.mean())
     # Staying within the example's range keeps probabilities, timesteps and pictures valid.
-    return drawn.clamp(low, high).to(tensor.dtype)
+    drawn = drawn.clamp(float(finite.min()), float(finite.max()))
+    return torch.where(torch.isfinite(values), drawn, values).to(tensor.dtype)
 
 
 def _resize(tensor: torch.Tensor, axes: Mapping[int, str], ranges: Mapping[str, SizeRange]) -> torch.Tensor:
-    for axis, size in axes.items():
-        wanted = _other(tensor.shape[axis], ranges[size])
-        index = torch.arange(wanted) % tensor.shape[axis]
-        tensor = tensor.index_select(axis, index)
+    taken: list[SizeRange] = []
+    for axis, size in sorted(axes.items()):
+        wanted = _other(tensor.shape[axis], ranges[size], taken.count(ranges[size]))
+        taken.append(ranges[size])
+        tensor = tensor.index_select(axis, torch.arange(wanted) % tensor.shape[axis])
     return tensor.contiguous()

@@ -79,16 +79,26 @@ class _Peaks(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.peaks: dict[str, float] = {}
+        self._of: dict[fx.Node, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        values = result if isinstance(result, tuple | list) else (result,)
+        if n.op in ("placeholder", "call_function"):
+            self._of[n] = max((_peak(value) for value in values), default=0.0)
         if n.op == "call_function":
-            for value in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-                    path = module_path(n)
-                    finite = torch.nan_to_num(value.detach(), nan=0.0, posinf=0.0, neginf=0.0)  # a mask's infinity is no activation
-                    self.peaks[path] = max(self.peaks.get(path, 0.0), float(finite.abs().max()))
+            # What a module reads has to fit as well as what it computes: a graph's input, or another module's result, is cast for it.
+            path = module_path(n)
+            read = [self._of.get(a, 0.0) for a in n.all_input_nodes]
+            self.peaks[path] = max(self.peaks.get(path, 0.0), self._of[n], *read)
         return result
+
+
+def _peak(value: object) -> float:
+    if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()):
+        return 0.0
+    # A mask's infinity is no activation.
+    return float(torch.nan_to_num(value.detach(), nan=0.0, posinf=0.0, neginf=0.0).abs().max())
 
 
 class _Rounded(fx.Interpreter):
@@ -104,7 +114,7 @@ class _Rounded(fx.Interpreter):
             self._low.add(n)  # weights are stored in the dtype; see fetch_args_kwargs_from_env
         if n.op != "call_function" or not _is_float(result) or module_path(n) in self._keep:
             return result
-        name = getattr(n.target, "__name__", str(n.target)).split(".")[0]
+        name = _operator(n.target)
         floats = [a for a in n.all_input_nodes if _is_float(a.meta.get("val"))]
         if name in _FLOAT32 or isinstance(n.target, torch._ops.HigherOrderOperator):
             return result
@@ -114,23 +124,22 @@ class _Rounded(fx.Interpreter):
         return result
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        """Rounds weights where they are used: rounded where they are fetched, all of them would be held at once."""
+        """Rounds what products read, and weights where they are used: rounded where they are fetched, all would be held at once."""
+        kept = module_path(n) in self._keep
+        lower = n.op == "call_function" and _operator(n.target) in _LOWER
 
         def fetch(node: fx.Node) -> Any:
             value = self.env[node]
-            return self._round(value) if node.op == "get_attr" and _is_float(value) and module_path(n) not in self._keep else value
+            return self._round(value) if not kept and (lower or node.op == "get_attr") and _is_float(value) else value
 
         return fx.map_arg(n.args, fetch), fx.map_arg(n.kwargs, fetch)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = getattr(target, "__name__", str(target)).split(".")[0]
-        if name in _LOWER:
-            args = tuple(self._round(a) if _is_float(a) else a for a in args)
-            kwargs = {k: self._round(v) if _is_float(v) else v for k, v in kwargs.items()}
-        return super().call_function(target, args, kwargs)
-
     def _round(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._dtype).to(value.dtype)
+
+
+def _operator(target: object) -> str:
+    return str(getattr(target, "__name__", target)).split(".")[0]
 
 
 def _is_float(value: object) -> bool:

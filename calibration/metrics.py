@@ -80,7 +80,7 @@ def compare(reference: Array, candidate: Array, *, case: str, output: str, toler
     faults = [f"{side} has {what}" for side, array in (("reference", reference), ("artifact", candidate)) if (what := _faults(array))]
     if faults:
         return _unusable(reference, case, output, "; ".join(faults))
-    return _measure(reference, candidate, case, output, tolerance)
+    return _measure(reference, candidate, case, output, tolerance).model_copy(update={"integer": reference.dtype.kind in "biu"})
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Miss:
     """A bound that a measurement does not keep.
 
     Attributes:
-        metric: The field of OutputMetrics: `problem`, `max_relative`, `psnr_db` or `excess`.
+        metric: The field of OutputMetrics: `problem`, `integer`, `max_relative`, `psnr_db` or `excess`.
         severity: How far outside, as a factor above 1 on the error; inf for a problem. For sorting.
         text: What was got and what was expected.
     """
@@ -102,6 +102,12 @@ def misses(metrics: OutputMetrics, tolerance: Tolerance) -> list[Miss]:
     """Every bound of `tolerance` that one output does not keep, worst first. A NaN keeps no bound; a problem is always a miss."""
     if metrics.problem:
         return [Miss("problem", math.inf, metrics.problem)]
+    if metrics.integer and tolerance.atol is None and tolerance.rtol is None:
+        # A class, an index or a mask is right or wrong: how far apart two of them are says nothing.
+        if metrics.max_abs == 0:
+            return []
+        text = f"an integer output differs by up to {metrics.max_abs:.3g}, expected equal values"
+        return [Miss("integer", math.inf, text)]
     found = []
     # Each bound is asked for as `not (got <= bound)`, so that a NaN is a miss.
     if (bound := tolerance.max_relative) is not None and not metrics.max_relative <= bound:

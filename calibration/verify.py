@@ -76,7 +76,10 @@ def module_runner(
                 reasons=[Reason(f"the inputs were {shapes}")],
                 hint="check the example inputs; where an axis is dynamic, the module has to run at both ends of its range",
             ) from error
-        names = output_names or (("output",) if len(outputs) == 1 else tuple(f"output_{i}" for i in range(len(outputs))))
+        stem = "output"
+        while any(name.startswith(stem) for name in example):  # an input may be called so
+            stem += "_"
+        names = output_names or ((stem,) if len(outputs) == 1 else tuple(f"{stem}_{i}" for i in range(len(outputs))))
         if len(names) != len(outputs) or not outputs:
             raise IsthmusError(f"the PyTorch module gave {len(outputs)} tensors, expected {len(names) or 'at least one'}")
         return {name: to_array(t) for name, t in zip(names, outputs, strict=True)}

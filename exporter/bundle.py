@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import math
 import os
@@ -67,6 +68,7 @@ class OutputMetrics(_Strict):
         sqnr_db: 10 log10(sum reference^2 / sum error^2), dB.
         psnr_db: 20 log10(range / rms(error)), dB.
         problem: Why the numbers cannot be trusted (NaN, Inf, a different shape or dtype); empty when they can.
+        integer: True for integers and booleans, which have to be equal unless --atol or --rtol is given.
         histogram: Counts of log10(|error| / range) in bins of one decade, from `HISTOGRAM_EDGES`; the first also counts exact zeros.
         excess: max of |error| / (atol + rtol |reference|), at most 1 within these bounds; None where neither was set.
     """
@@ -83,6 +85,7 @@ class OutputMetrics(_Strict):
     sqnr_db: Decibel
     psnr_db: Decibel
     problem: str = ""
+    integer: bool = False
     histogram: tuple[int, ...] = ()
     excess: Decibel | None = None
 
@@ -257,13 +260,13 @@ def writing(destination: Path, *, force: bool) -> Iterator[Path]:
     check_destination(destination, force=force)
     destination = destination.absolute()
     _remove_leftovers(destination)
-    partial = destination.parent / f".{destination.name}.{os.getpid()}.partial"
+    partial = destination.parent / _hidden(destination, os.getpid(), "partial")
     try:
         partial.mkdir()
         yield partial
         if destination.exists() or destination.is_symlink():
             # A folder cannot be replaced in one step: the old one steps aside, and comes back if the rename fails.
-            aside = destination.parent / f".{destination.name}.{os.getpid()}.replaced"
+            aside = destination.parent / _hidden(destination, os.getpid(), "replaced")
             destination.rename(aside)
             try:
                 partial.rename(destination)
@@ -285,11 +288,25 @@ def writing(destination: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _hidden(destination: Path, pid: int | str, what: str) -> str:
+    # The name is cut, so that a long one leaves room for the rest: most file systems end at 255 bytes.
+    return f".{destination.name[:48]}.{pid}.{what}"
+
+
 def _remove_leftovers(destination: Path) -> None:
-    for folder in destination.parent.glob(f".{destination.name}.*.partial"):
-        pid = folder.name.removesuffix(".partial").rsplit(".", 1)[-1]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Removes what killed exports to this destination left; puts back a bundle that was killed between its two renames."""
+    for what in ("replaced", "partial"):
+        for folder in destination.parent.glob(glob.escape(_hidden(destination, "", "").removesuffix("..")) + f".*.{what}"):
+            pid = folder.name.removesuffix(f".{what}").rsplit(".", 1)[-1]
+            # A process of our own number can only be an earlier one: this one has written nothing yet.
+            if not pid.isdecimal() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
+                continue
+            if what == "replaced" and not destination.exists():
+                folder.rename(destination)
+            elif folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

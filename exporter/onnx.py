@@ -48,6 +48,13 @@ def to_onnx(
     """
     import torch
 
+    constants = [
+        Reason(f"output {i} is the Python value {spec.arg.value!r}", fix="wrap the module in one that returns tensors only")
+        for i, spec in enumerate(program.graph_signature.output_specs)
+        if isinstance(spec.arg, torch.export.graph_signature.ConstantArgument) and spec.arg.value is not None
+    ]
+    if constants:
+        raise UnsupportedError("an exported graph has tensors as outputs", reasons=constants)
     try:
         with quiet("torch.onnx"):
             result = torch.onnx.export(
@@ -55,8 +62,8 @@ def to_onnx(
                 dynamo=True,
                 optimize=False,
                 opset_version=opset,
-                input_names=list(input_names),
-                output_names=list(output_names),
+                # Names that no parameter has: torch would let an input replace the parameter of its name.
+                input_names=[f"isthmus::input::{i}" for i in range(len(input_names))],
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -72,8 +79,39 @@ def to_onnx(
         raise IsthmusError(
             f"torch.onnx.export wrote opset {got}, expected {opset}", hint=f"choose one of {', '.join(map(str, OPSETS))} with --opset"
         )
+    _name(model, input_names, output_names)
     _rename_dimensions(model, dimension_names or {})
     return model
+
+
+def _name(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    """Names inputs and outputs. An output that is an input, a weight or another output as well gets an Identity of its own."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    if len(graph.inputs) != len(input_names) or len(graph.outputs) != len(output_names):
+        raise IsthmusError(
+            f"torch.onnx.export wrote {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, "
+            f"expected {len(input_names)} and {len(output_names)}",
+            hint="wrap the module in one that takes and returns tensors only",
+        )
+    own: set[ir.Value] = set()
+    for i, value in enumerate(graph.outputs):
+        if value.producer() is None or value in own:
+            node = ir.node("Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
+        own.add(graph.outputs[i])
+    wanted = {*input_names, *output_names}
+    clashing = [v for v in graph.initializers.values() if v.name in wanted]
+    ir.convenience.rename_values(clashing, [f"{v.name}.parameter" for v in clashing])
+    for node in graph:
+        for value in node.outputs:
+            if value.name in wanted and value not in own:
+                value.name = f"{value.name}.value"
+    for value, name in (*zip(graph.inputs, input_names, strict=True), *zip(graph.outputs, output_names, strict=True)):
+        value.name = name
 
 
 def save(model: ir.Model, path: Path, *, bytes_of_weights: int) -> None:

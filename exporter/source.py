@@ -175,16 +175,10 @@ def _foreign(
             raise UsageError(f"--dynamic names the input {request.input}", hint=f"the inputs are {', '.join(named)}")
         if not 0 <= request.axis < named[request.input].ndim:
             raise UsageError(f"--dynamic names axis {request.axis} of {request.input}, which has shape {tuple(named[request.input].shape)}")
-        size = named[request.input].shape[request.axis]
-        # Axes of equal example size and range are one size: a batch that all inputs share.
-        same = next((s for s, r in ranges.items() if r == request.range and _size_of(named, axes, s) == size), None)
-        axes.setdefault(request.input, {})[request.axis] = same or f"{request.input}_{request.axis}"
-        ranges.setdefault(same or f"{request.input}_{request.axis}", request.range)
+        # Every axis is a size of its own: torch.export finds out which of them have to be equal.
+        axes.setdefault(request.input, {})[request.axis] = f"{request.input}_{request.axis}"
+        ranges[f"{request.input}_{request.axis}"] = request.range
     return Source(name, module, named, axes, ranges, {}, {}, info, None)
-
-
-def _size_of(named: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, str]], size: str) -> int:
-    return next(named[key].shape[axis] for key, value in axes.items() for axis, s in value.items() if s == size)
 
 
 def _named(module: nn.Module, example: object) -> dict[str, torch.Tensor]:
@@ -202,6 +196,13 @@ def _named(module: nn.Module, example: object) -> dict[str, torch.Tensor]:
             unknown = ", ".join(sorted(set(example) - set(order)))
             raise UsageError(
                 f"the example inputs name {unknown}, which forward does not take", hint=f"forward takes {inspect.signature(module.forward)}"
+            )
+        taken = list(inspect.signature(module.forward).parameters)
+        skipped = [name for name in taken[: taken.index(order[-1])] if name not in example] if order else []
+        if skipped:
+            raise UsageError(
+                f"the example inputs skip {', '.join(skipped)}, and an exported graph has positional inputs",
+                hint=f"give {', '.join(skipped)} too, or wrap the module in one whose forward takes only {', '.join(order)}",
             )
         pairs = [(key, example[key]) for key in order]
     elif isinstance(example, Sequence):

@@ -133,8 +133,17 @@ def describe(module: nn.Module, *, origin: Origin, seed: int | None = None) -> W
 
 
 def nonfinite(module: nn.Module) -> list[Reason]:
-    """Every parameter and buffer that holds NaN or Inf, with their numbers; empty when all values are finite."""
-    return [reason for name, tensor in _all_tensors(module) for reason in _nonfinite(name, tensor)]
+    """Every parameter that holds NaN or Inf and every buffer that holds NaN, with their numbers; empty when there is none.
+
+    An infinite buffer is a mask.
+    """
+    bad = [reason for name, tensor in module.named_parameters() for reason in _nonfinite(name, tensor)]
+    return bad + [
+        r
+        for name, tensor in module.named_buffers()
+        if tensor.is_floating_point() and tensor.isnan().any()
+        for r in _nonfinite(name, tensor)
+    ]
 
 
 def fuse(state: Mapping[str, Tensor], names: Sequence[str], out: dict[str, Tensor], target: str) -> None:

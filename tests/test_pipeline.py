@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import isthmus
@@ -222,6 +223,167 @@ def test_nan_in_the_reference_is_a_named_failure(tmp_path: Path) -> None:
 
     with pytest.raises(AccuracyError, match="NaN"):
         isthmus.export((Root(), (torch.tensor([-1.0, 4.0]),)), "onnxruntime", tmp_path / "b")
+
+
+class Optional(nn.Module):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if scale is None else x * scale
+        return x if shift is None else x + shift
+
+
+def test_a_named_input_never_lands_in_another_parameter(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="skip scale"):
+        isthmus.export(Optional(), "onnxruntime", tmp_path / "b", inputs={"x": torch.ones(3), "shift": torch.ones(3)})
+
+
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        return x.reshape(b, c, w, h) * 2
+
+
+def test_height_and_width_are_sizes_of_their_own(tmp_path: Path) -> None:
+    sizes = [Dynamic("x", axis, SizeRange(4, 8, 16)) for axis in (2, 3)]
+    with pytest.raises(UnsupportedError, match="holds for the example's sizes only"):
+        isthmus.export((Turned(), (torch.randn(2, 3, 8, 8),)), "onnxruntime", tmp_path / "b", dynamic=sizes)
+    result = isthmus.export((Turned(), (torch.randn(2, 3, 8, 12),)), "onnxruntime", tmp_path / "b", dynamic=sizes)
+    assert result.manifest.inputs[0].shape == (2, 3, "x_2", "x_3")
+    resized = {m.shape for s in result.manifest.stages for m in s.metrics if m.case == "resized"}
+    assert resized == {(2, 3, 16, 4)}
+    session = ort.InferenceSession(tmp_path / "b" / "model.onnx", providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 16), dtype=np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x.reshape(2, 3, 16, 4) * 2)
+
+
+class Aliases(nn.Module):
+    """Outputs that are an input, a weight, and one another; an input called like a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 3.0))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x * self.scale + scale
+        return y, y, x, self.scale
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_outputs_that_are_something_else_as_well(precision: str, tmp_path: Path) -> None:
+    module = Aliases().eval()
+    x, scale = torch.randn(2, 4), torch.rand(4)
+    result = isthmus.export((module, (x, scale)), "onnxruntime", tmp_path / "b", precision=precision)
+    assert [i.name for i in result.manifest.inputs] == ["x", "scale"]
+    assert [o.name for o in result.manifest.outputs] == [f"output_{i}" for i in range(4)]
+    session = ort.InferenceSession(tmp_path / "b" / "model.onnx", providers=["CPUExecutionProvider"])
+    for got, expected in zip(session.run(None, {"x": x.numpy(), "scale": scale.numpy()}), module(x, scale), strict=True):
+        np.testing.assert_allclose(got, expected.detach().numpy(), atol=0.01)
+
+
+def test_an_input_called_output(tmp_path: Path) -> None:
+    class Echo(nn.Module):
+        def forward(self, output: torch.Tensor) -> torch.Tensor:
+            return output * 2
+
+    result = isthmus.export((Echo(), (torch.randn(3),)), "onnxruntime", tmp_path / "b")
+    assert [o.name for o in result.manifest.outputs] == ["output_"]
+
+
+def test_a_python_value_among_the_outputs_is_refused_by_place(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            return {"a": x * 2, "b": 3}
+
+    with pytest.raises(UnsupportedError, match="output 1 is the Python value 3"):
+        isthmus.export((Mixed(), (torch.randn(3),)), "onnxruntime", tmp_path / "b")
+
+
+def test_a_graph_input_beyond_float16_is_read_in_float32(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x * 0.001)
+
+    torch.manual_seed(0)
+    module = Scaled().eval()
+    x = torch.rand(4, 8) * 2e5
+    isthmus.export((module, (x,)), "onnxruntime", tmp_path / "b", precision="fp16")
+    # Not ONNX Runtime, which drops casts around nodes that its CPU computes in float32.
+    got = ReferenceEvaluator(str(tmp_path / "b" / "model.onnx")).run(None, {"x": x.numpy()})[0]
+    expected = module(x).detach().numpy()
+    assert np.abs(got - expected).max() < 0.01 * (expected.max() - expected.min())
+
+
+def test_a_value_beyond_float16_that_another_module_brings_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    up, down = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+    nn.init.uniform_(up.weight, 2e4, 3e4)
+    nn.init.uniform_(down.weight, 0.5e-4, 1e-4)
+    result = isthmus.export((nn.Sequential(up, down).eval(), (torch.rand(4, 16),)), "onnxruntime", tmp_path / "b", precision="fp16")
+    assert result.manifest.verdict == "verified"
+
+
+def test_a_decision_is_made_in_float32(tmp_path: Path) -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(1001, 4)
+
+        def forward(self, t: torch.Tensor) -> torch.Tensor:
+            return self.table((t * 1000).long())
+
+    torch.manual_seed(0)
+    module, t = Lookup().eval(), torch.rand(200)
+    isthmus.export((module, (t,)), "onnxruntime", tmp_path / "b", precision="fp16")
+    got = ReferenceEvaluator(str(tmp_path / "b" / "model.onnx")).run(None, {"t": t.numpy()})[0]
+    np.testing.assert_allclose(got, module(t).detach().numpy(), atol=5e-3)
+
+
+def test_a_branch_reads_float32_in_a_float16_graph(tmp_path: Path) -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return torch.cond(flag, self.second, lambda a: a + 1, (y,))
+
+    torch.manual_seed(0)
+    module = Conditional().eval().requires_grad_(False)
+    result = isthmus.export((module, (torch.randn(2, 8), torch.tensor(True))), "onnxruntime", tmp_path / "b", precision="fp16")
+    assert result.manifest.verdict == "verified"
+
+
+def test_a_module_in_float64_is_not_called_fp16(tmp_path: Path) -> None:
+    pair = (nn.Linear(4, 4).double(), (torch.randn(2, 4, dtype=torch.float64),))
+    with pytest.raises(UnsupportedError, match="computes in double, expected float32"):
+        isthmus.export(pair, "onnxruntime", tmp_path / "b", precision="fp16")
+
+
+def test_a_causal_mask_of_infinities(tmp_path: Path) -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1), persistent=False)
+
+        def forward(self, scores: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(scores + self.mask, -1)
+
+    for precision in ("fp32", "fp16"):
+        result = isthmus.export((Causal(), (torch.randn(2, 8, 8),)), "onnxruntime", tmp_path / precision, precision=precision)
+        assert result.manifest.verdict == "verified"
+
+
+def test_a_manifest_that_could_not_fail_is_refused(tmp_path: Path) -> None:
+    isthmus.export(two_inputs(), "onnxruntime", tmp_path / "b")
+    manifest = read_manifest(tmp_path / "b")
+    for tolerance in ({}, {"min_ssim": 1.0}):
+        write_manifest(tmp_path / "b", manifest.model_copy(update={"tolerance": tolerance}))
+        with pytest.raises(IntegrityError):
+            isthmus.verify(tmp_path / "b")
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .expand_attention_mask import ExpandAttentionMask
 from .fold_constants import FoldConstants
 from .fold_shapes import FoldShapes
 from .fold_transposes import FoldTransposes
@@ -46,7 +45,7 @@ def passes(fuse: bool = True) -> tuple[ir.passes.PassBase, ...]:
         steps=_ROUNDS,
     )
     fusions = [FuseLayerNormalization(), FuseRMSNormalization(), FuseGelu(), FuseAttention()] if fuse else []
-    return (RepairSqueeze(), RecordScopes(), simplify, *fusions, ExpandAttentionMask(), simplify, NameValues())
+    return (RepairSqueeze(), RecordScopes(), simplify, *fusions, simplify, NameValues())
 
 
 def optimise(model: ir.Model, *, fuse: bool = True) -> ir.Model:

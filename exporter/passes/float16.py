@@ -24,6 +24,9 @@ _SUMS = frozenset(
     {"ReduceSum", "ReduceMean", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceLogSumExp", "ReduceLogSum", "CumSum"}
 )
 _CURVES = frozenset({"Exp", "Log", "Softplus", "Sin", "Cos", "Tan"})
+_DISCRETE = frozenset(
+    {"Floor", "Ceil", "Round", "Mod", "ArgMax", "ArgMin", "TopK", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "OneHot"}
+)
 _STEEP = frozenset({"Pow", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax"})
 
 _MOVES = frozenset(
@@ -44,11 +47,12 @@ class ToFloat16(ir.passes.InPlacePass):
 
     Inputs and outputs of the graph keep their types. A node stays in float32 when it
 
-    1. normalises, sums, or takes an exponential, logarithm, power, root, sine or softmax;
+    1. normalises, sums, takes an exponential, logarithm, power, root, sine or softmax, or makes a decision of a number (a rounding, a
+       comparison, a cast to an integer);
     2. has a small constant that float16 cannot hold (an epsilon of 1e-6), or a weight beyond 65504;
     3. belongs to a module in which a value beyond float16's range was seen;
-    4. feeds a sine, cosine, exponential or softplus through elementwise operators (the angle of a timestep embedding needs more than
-       float16's 11 bits), or continues an exponential through them (the decay and the state of a scan);
+    4. feeds a sine, cosine, exponential, softplus or a decision through elementwise operators (the angle of a timestep embedding needs
+       more than float16's 11 bits), or continues an exponential through them (the decay and the state of a scan);
     5. is one of the products that a division normalises afterwards (linear attention sums over all tokens before it divides);
     6. stands between such nodes only, so that nothing is gained by two casts.
 
@@ -115,6 +119,8 @@ class ToFloat16(ir.passes.InPlacePass):
                     if value.dtype == ir.DataType.FLOAT:
                         # A new type: Model.clone shares the type objects, and setting `dtype` would change the original too.
                         value.type = ir.TensorType(ir.DataType.FLOAT16)
+        for node in single:
+            _restore_captures(node, graph, casts)
         for value, i in outputs.items():
             if value.dtype == ir.DataType.FLOAT16:
                 _restore_output(graph, i, value)
@@ -130,7 +136,7 @@ class ToFloat16(ir.passes.InPlacePass):
         single = {node for node in floating if self._stays(node, opset)}
         known = set(floating)
         for node in list(single):
-            if node.op_type in _CURVES:
+            if node.op_type in _CURVES or _decides(node):
                 _spread(node, single, known, _producers, lambda n: n.op_type in _ELEMENTWISE | _MOVES | {"Div"} | _CURVES)
             if node.op_type == "Exp":
                 _spread(node, single, known, _consumers, lambda n: n.op_type in _ELEMENTWISE | _MOVES | {"Div"})
@@ -155,11 +161,17 @@ class ToFloat16(ir.passes.InPlacePass):
             return True
         if not _may_be_half(node, opset) or module_of(node) in self._keep_modules:
             return True
-        if node.op_type in _NORMS | _SUMS | _CURVES | _STEEP:
+        if node.op_type in _NORMS | _SUMS | _CURVES | _STEEP or _decides(node):
             return True
         if node.op_type == "Div" and node.inputs[1] is not None and not node.inputs[1].is_initializer():
             return True
         return any(_is_beyond_half(value) for value in node.inputs)
+
+
+def _decides(node: ir.Node) -> bool:
+    if node.op_type == "Cast" and node.outputs[0].dtype is not None:
+        return not node.outputs[0].dtype.is_floating_point()
+    return node.op_type in _DISCRETE
 
 
 def _touches_float(node: ir.Node) -> bool:
@@ -213,8 +225,12 @@ def _is_beyond_half(value: ir.Value | None) -> bool:
         if bool(((finite > 0) & (finite < _SMALLEST_NORMAL)).any()):
             return True
         return finite.size > 0 and float(finite.max()) > FLOAT16_MAX
-    # A large weight is looked at without a copy of it.
-    return max(float(array.max()), -float(array.min())) > FLOAT16_MAX
+    # A large weight is looked at without a copy of it, unless it is a mask.
+    peak = max(float(array.max()), -float(array.min()))
+    if not np.isfinite(peak):
+        finite = array[np.isfinite(array)]
+        peak = float(np.abs(finite).max()) if finite.size else 0.0
+    return peak > FLOAT16_MAX
 
 
 def _formal_types(node: ir.Node, opset: int) -> tuple[list[set[str]], list[set[str]]] | None:
@@ -232,6 +248,12 @@ def _formal_types(node: ir.Node, opset: int) -> tuple[list[set[str]], list[set[s
 def _may_be_half(node: ir.Node, opset: int) -> bool:
     types = _formal_types(node, opset)
     if types is None or node.op_type in ("Constant", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike"):
+        return False
+    # The type of such an output is given by an attribute, or by the elements of a sequence.
+    if {"dtype", "output_datatype"} & set(node.attributes) or any(
+        value is not None and value.type is not None and not isinstance(value.type, ir.TensorType)
+        for value in (*node.inputs, *node.outputs)
+    ):
         return False
     return all(
         "tensor(float16)" in allowed for value, allowed in zip(node.outputs, types[1], strict=True) if value.dtype == ir.DataType.FLOAT
@@ -286,6 +308,22 @@ def _cast(
             graph.insert_before(graph[0], node)
         made[(value, to)] = output
     return made[(value, to)]
+
+
+def _restore_captures(node: ir.Node, graph: ir.Graph, made: dict[tuple[ir.Value, ir.DataType], ir.Value]) -> None:
+    """Gives the subgraphs of a node, which stay in float32, the float32 form of what they read from the graph around them."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies = [attribute.as_graph()]
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies = list(attribute.as_graphs())
+        else:
+            continue
+        for body in bodies:
+            for inner in ir.traversal.RecursiveGraphIterator(body):
+                for i, value in enumerate(inner.inputs):
+                    if value is not None and value.dtype == ir.DataType.FLOAT16 and not value.is_initializer():
+                        inner.replace_input_with(i, _cast(value, ir.DataType.FLOAT, node, graph, made))
 
 
 def _restore_output(graph: ir.Graph, index: int, value: ir.Value) -> None:

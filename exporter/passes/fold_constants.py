@@ -69,7 +69,7 @@ class FoldConstants(ir.passes.InPlacePass):
             z = Add (x, one_f)
         }
 
-    Nothing is inferred from the value of one operand alone: `x + 1e-15`, `x * 1` and `x ** 1` stay as they are.
+    Nothing is inferred from the value of one operand alone: `x + 1e-15` stays as it is.
     Only operators of the default domain that are functions of their inputs are folded. Inputs and outputs are both bounded by
     `limit_bytes`, so that neither a weight is copied nor a mask of many MiB written into the model. Transposes of weights are
     FoldTransposes' work. In functions, which have no initializers, the results are Constant nodes.

@@ -217,14 +217,16 @@ _HANDLERS: dict[str, Callable[[ir.Node, list[Array]], Array | None]] = {
 def _annotate(node: ir.Node, known: dict[ir.Value, Array]) -> bool:
     """Gives the output the sizes that the target names, so that a later no-op can be told from its shape."""
     elements = _elements(input_at(node, 1), known)
-    if elements is None or elements.ndim != 1 or any(isinstance(e, int) and e <= 0 for e in elements):
+    if elements is None or elements.ndim != 1 or any(isinstance(e, int) and (e < -1 or e == 0) for e in elements):
         return False
-    target: list[int | str | None] = list(elements)
+    target: list[int | str | None] = [None if e == -1 else e for e in elements]
     if is_op(node, "Expand"):
         source = dims(node.inputs[0])
         if source is None or len(source) != len(target):
             return False
         # A size of 1 takes the other's; equal names are equal sizes; of two different names either may be 1.
+        if -1 in elements:
+            return False
         target = [a if b in (1, a) else b if a == 1 or isinstance(b, int) else None for a, b in zip(source, target, strict=True)]
     return merge_shape(node.outputs[0], ir.Shape(target))
 

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 import torch
+from pydantic import ValidationError
 
 from isthmus.calibration.cases import cases_of_example, cases_of_spec
 from isthmus.calibration.half import module_peaks, run_rounded
@@ -35,7 +36,7 @@ from isthmus.calibration.verify import SAMPLE_TOLERANCES, compare_cases, flatten
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo
-from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UnsupportedError
+from isthmus.exporter.errors import AccuracyError, IntegrityError, IsthmusError, Reason, UnknownNameError, UnsupportedError
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.source import Model, Source, load_source
 from isthmus.exporter.spec import Dynamic, Sampler, Samples, Tolerance
@@ -318,10 +319,17 @@ def verify(bundle: Path, *, progress: Progress | None = None) -> VerifyResult:
     with step("checking the files"):
         bundles.check_integrity(bundle, manifest)
     inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
-    tolerance = Tolerance(**manifest.tolerance)
-    target: Target[Any] = TARGETS[manifest.target]()
+    try:
+        tolerance = Tolerance(**manifest.tolerance)
+        to_run = TARGETS[manifest.target]().stages(bundle, manifest)
+    except (TypeError, ValidationError) as error:
+        raise IntegrityError(
+            f"the manifest of {bundle} cannot be used: {error}", hint="export again with this version of isthmus"
+        ) from error
+    if not manifest.tolerance:
+        raise IntegrityError(f"the manifest of {bundle} holds no tolerance, so that nothing could fail", hint="export again")
     found = []
-    for stage in target.stages(bundle, manifest):
+    for stage in to_run:
         with step(f"verifying the artifact: {stage.name}"):
             found.append(run_stage(stage, inputs, reference, tolerance)[0])
     result = VerifyResult(bundle, manifest, tuple(found))
@@ -410,12 +418,20 @@ def _check_trace(
     module = program.module()
     for case, arrays in inputs.items():
         tensors = to_tensors(arrays, example)
-        if with_peaks:
-            outputs, found = module_peaks(program, tensors)
-            peaks = {path: max(peaks.get(path, 0.0), found.get(path, 0.0)) for path in peaks | found}
-        else:
-            with torch.no_grad():
-                outputs = module(*tensors)
+        try:
+            if with_peaks:
+                outputs, found = module_peaks(program, tensors)
+                peaks = {path: max(peaks.get(path, 0.0), found.get(path, 0.0)) for path in peaks | found}
+            else:
+                with torch.no_grad():
+                    outputs = module(*tensors)
+        except (AssertionError, RuntimeError) as error:
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
+            raise UnsupportedError(
+                "what torch.export captured holds for the example's sizes only",
+                reasons=[Reason(f"{error}", where=f"case {case}: {shapes}")],
+                hint="give example inputs whose dynamic sizes differ from each other, or leave the axis out of --dynamic",
+            ) from error
         traced[case] = {name: to_array(t) for name, t in zip(reference[case], flatten(outputs), strict=True)}
     return judge(
         "torch", compare_cases(reference, traced), DEFAULT_TOLERANCES["fp32"], device=f"PyTorch {torch.__version__} on the CPU"
@@ -495,9 +511,7 @@ def _exit_code(stages: tuple[StageResult, ...]) -> int:
     return AccuracyError.exit_code if any(s.verdict in ("failed", "blocked") for s in stages) else 0
 
 
-def _misses(stages: tuple[StageResult, ...]) -> list[Any]:
-    from isthmus.exporter.errors import Reason
-
+def _misses(stages: tuple[StageResult, ...]) -> list[Reason]:
     return [Reason(s.reason, where=f"stage {s.name} {s.verdict}") for s in stages if s.verdict in ("failed", "blocked")]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...exporter import onnx as onnx_files
+from ...exporter.passes.expand_attention_mask import ExpandAttentionMask
 from ...exporter.passes.float16 import FLOAT16_MAX, ToFloat16
+from ...exporter.passes.name_values import NameValues
 from ...exporter.target import Job, Lowered
-from .expand_attention_mask import ExpandAttentionMask
 
 
 def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
@@ -19,7 +20,9 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
     Raises:
         IsthmusError: The written file is not valid ONNX.
     """
-    model = ExpandAttentionMask()(job.model.clone()).model
+    model = job.model.clone()
+    if ExpandAttentionMask()(model).modified:
+        NameValues()(model)
     notes: list[str] = []
     if job.precision == "fp16":
         convert = ToFloat16(keep_modules=[path for path, peak in job.peaks.items() if peak > FLOAT16_MAX / 2])

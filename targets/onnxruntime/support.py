@@ -17,8 +17,15 @@ _NO_ARITHMETIC = ("BFLOAT16", "COMPLEX64", "COMPLEX128", "FLOAT8E4M3FN", "FLOAT8
 _MOVES_ONLY = ("Cast", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
+_LAYERS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention")
+
+
 def unsupported(model: ir.Model) -> list[Reason]:
-    """Every node of `model` that ONNX Runtime has no kernel for, by operator and PyTorch module; repeated reasons are merged."""
+    """Every reason why ONNX Runtime, or this lowering, cannot take `model`, by operator and PyTorch module; repeated reasons are merged.
+
+    Layers that compute in float64 or float16 are among them: the lowering starts from float32, and an artifact called fp16 whose layers
+    are float64 would be a false label.
+    """
     import onnx_ir as ir
 
     functions = {(f.domain, f.name) for f in model.functions.values()}
@@ -42,4 +49,7 @@ def unsupported(model: ir.Model) -> list[Reason]:
                         "use float32",
                     )
                 ] = None
+            if node.op_type in _LAYERS and value.dtype is not None and value.dtype.name in ("DOUBLE", "FLOAT16"):
+                what = f"{node.op_type} computes in {value.dtype.name.lower()}, expected float32 before the lowering"
+                reasons[Reason(what, where, "export the module in float32 (module.float()), with float32 inputs")] = None
     return list(reasons)

@@ -50,3 +50,17 @@ def test_dynamic_axes_at_their_smallest_size_are_repeated_to_their_largest() -> 
 def test_an_empty_example_is_refused() -> None:
     with pytest.raises(IsthmusError, match=r"shape \(0, 3\)"):
         cases_of_example({"x": torch.zeros(0, 3)}, {}, {}, seed=0)
+
+
+def test_height_and_width_of_one_range_become_different_sizes() -> None:
+    ranges = {"h": SizeRange(4, 8, 16), "w": SizeRange(4, 8, 16)}
+    resized = cases_of_example({"x": torch.randn(2, 8, 8)}, {"x": {1: "h", 2: "w"}}, ranges, seed=0)["resized"]["x"]
+    assert resized.shape == (2, 4, 16)
+
+
+def test_the_infinities_of_a_mask_stay_in_place() -> None:
+    mask = torch.tensor([[0.5, float("-inf")], [0.1, 0.9]])
+    second = cases_of_example({"mask": mask}, {}, {}, seed=0)["second"]["mask"]
+    assert torch.equal(second.isinf(), mask.isinf())
+    assert not second.isnan().any()
+    assert not torch.equal(second[1], mask[1])

@@ -57,9 +57,10 @@ def test_kept_modules_are_exact(net: Net) -> None:
     assert (kept - exact).abs().max() < (rounded - exact).abs().max()
 
 
-def test_peaks_are_those_of_the_modules_outputs(net: Net) -> None:
+def test_peaks_are_those_of_what_modules_read_and_compute(net: Net) -> None:
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     outputs, peaks = module_peaks(torch.export.export(net, (x,)), (x,))
     torch.testing.assert_close(outputs, net(x))
-    assert peaks["inner"] == pytest.approx(float(net.inner(x).abs().max()))
-    assert peaks["outer"] == pytest.approx(float(net(x).abs().max()))
+    assert peaks["inner"] == pytest.approx(max(float(x.abs().max()), float(net.inner(x).abs().max())))
+    normal = net.norm(torch.nn.functional.gelu(net.inner(x)))
+    assert peaks["outer"] == pytest.approx(max(float(normal.abs().max()), float(net(x).abs().max())))

@@ -348,3 +348,16 @@ def test_default_tolerances_tell_rounding_from_mistakes():
         assert check([measured(reference, rounded[name])], tolerance) == [], name
         wrong = reference + (1.0 if name == "int4" else 0.3) * rng.standard_normal(reference.shape).astype(np.float32)
         assert check([measured(reference, wrong)], tolerance), name
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.bool_])
+def test_integers_have_to_be_equal_unless_a_bound_is_given(dtype: type) -> None:
+    reference = np.arange(1000).astype(dtype)
+    wrong = reference.copy()
+    wrong[500] = 0 if dtype is np.bool_ else 501
+    loose = Tolerance(max_relative=0.5, min_psnr=1.0)
+    assert check([compare(reference, reference.copy(), case="example", output="y")], loose) == []
+    (reason,) = check([compare(reference, wrong, case="example", output="y")], loose)
+    assert "expected equal values" in reason.what
+    given = Tolerance(atol=1.0)
+    assert check([compare(reference, wrong, case="example", output="y", tolerance=given)], given) == []

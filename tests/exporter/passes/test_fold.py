@@ -57,7 +57,7 @@ def test_large_results_are_not_written_into_the_model(leaves, parse) -> None:
 def test_every_expanding_operator_is_bounded(leaves, node: str) -> None:
     leaves(
         FoldConstants(),
-        f"""f (float[2] x) => (float[2] y) <int64 zero = {{0}}, int64 one = {{1}}, int64 much = {{2000000}}, int64[1] shape = {{2000000}},
+        f"""f (float[2] x) => (float[2] y) <int64 zero = {{0}}, int64 one = {{1}}, int64 much = {{100000000}}, int64[1] shape = {{100000000}},
             int64[1] one_v = {{1}}, int64[1] start = {{0}}, int64[1] end = {{2}}> {{
             big = {node}
             bigf = Cast<to=1>(big)
@@ -203,6 +203,23 @@ def test_a_symbolic_size_stays_computed(leaves) -> None:
         FoldShapes(),
         "f (float[batch, 4] x) => (float[batch, 4] y) { s = Shape<start=0, end=1>(x) f = Cast<to=1>(s) y = Div(x, f) }",
     )
+
+
+def test_sizes_that_a_reshape_is_given_are_written_on_its_output(parse) -> None:
+    model = parse("""f (float[batch, 2, n, 16] x) => (float[p, q] z) <int64[1] minus = {-1}, int64[1] sixteen = {16}> {
+        n_ = Shape<start=2, end=3>(x) target = Concat<axis=0>(minus, n_, sixteen)
+        y = Reshape(x, target) z = Flatten(y) }""")
+    FoldShapes()(model)
+    (reshape,) = [node for node in model.graph if node.op_type == "Reshape"]
+    assert reshape.outputs[0].shape == ir.Shape([None, "n", 16])
+
+
+def test_an_expand_to_names_that_may_differ_is_not_annotated(parse) -> None:
+    model = parse("""f (float[a, 4] x, float[b] t) => (float[p, q] z) <int64[1] four = {4}> {
+        b_ = Shape(t) target = Concat<axis=0>(b_, four) y = Expand(x, target) z = Neg(y) }""")
+    FoldShapes()(model)
+    (expand,) = [node for node in model.graph if node.op_type == "Expand"]
+    assert expand.outputs[0].shape == ir.Shape([None, 4])
 
 
 # --- transposes ---------------------------------------------------------------------------------------------------------------------
