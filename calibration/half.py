@@ -1,8 +1,8 @@
 """PyTorch in the target dtype, on a machine whose PyTorch computes in float32.
 
-`torch.autocast` on a CPU runs float16 convolutions some 80 times slower than float32 ones, so the rounding is emulated: values are rounded
-to the dtype and back where PyTorch's autocast would hold them in it, products accumulate in float32 as tensor cores do. What this stage
-shows is the error that the dtype alone costs, before any lowering.
+torch 2.13 has no fast float16 convolution on CPUs without float16 instructions, so the rounding is emulated: values are rounded to the
+dtype and back where PyTorch's autocast would hold them in it, products accumulate in float32 as tensor cores do. What this stage shows is
+the error that the dtype alone costs, before any lowering.
 """
 
 from __future__ import annotations

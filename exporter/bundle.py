@@ -224,12 +224,13 @@ def sha256_of(path: Path) -> str:
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuses a destination that cannot be written, before any work is done.
+    """Refuses a destination that cannot be written, before any work is done; clears what killed exports left beside it.
 
     Raises:
         UsageError: It exists and `force` is not given; or it exists and is not a bundle, which `force` does not replace either.
         IsthmusError: Its parent folder cannot be written.
     """
+    _remove_leftovers(destination.absolute())
     if destination.is_symlink() or destination.exists():
         if not force:
             raise UsageError(f"the output {destination} exists", hint="give --force to replace it, or another -o")
@@ -259,7 +260,6 @@ def writing(destination: Path, *, force: bool) -> Iterator[Path]:
     """
     check_destination(destination, force=force)
     destination = destination.absolute()
-    _remove_leftovers(destination)
     partial = destination.parent / _hidden(destination, os.getpid(), "partial")
     try:
         partial.mkdir()

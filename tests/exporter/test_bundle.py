@@ -303,3 +303,28 @@ def test_damaged_tensors_are_refused(tmp_path, damage):
             archive.writestr("example/x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 100)
     with pytest.raises(IntegrityError, match=r"cannot be read as tensors|says 8000000000000 bytes"):
         read_cases(path)
+
+
+def test_the_leftover_of_an_earlier_process_of_the_same_number_is_removed(tmp_path):
+    """In a container every run may be process 1."""
+    leftover = tmp_path / f".b.{os.getpid()}.partial"
+    leftover.mkdir()
+    (leftover / "model.onnx").write_text("half")
+    _write(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+
+
+def test_a_bundle_killed_between_its_renames_comes_back(tmp_path):
+    _write(tmp_path / "b", text="old")
+    (tmp_path / "b").rename(tmp_path / f".b.{os.getpid()}.replaced")
+    with pytest.raises(UsageError, match="exists"), writing(tmp_path / "b", force=False):
+        pass
+    assert (tmp_path / "b" / "model.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "with spaces and [brackets]*", "größer"])
+def test_names_that_file_systems_allow(tmp_path, name):
+    _write(tmp_path / name)
+    _write(tmp_path / name, force=True, text="two")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "model.onnx").read_text() == "two"
