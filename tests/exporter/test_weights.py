@@ -425,12 +425,14 @@ def test_describe():
 def test_nonfinite():
     module = source()
     assert nonfinite(module) == []
-    module.table[1] = float("inf")
+    module.table[1] = float("-inf")
+    assert nonfinite(module) == []  # an infinite buffer is a mask
+    module.table[2] = float("nan")
     with torch.no_grad():
-        module.layer.bias[0] = float("nan")
+        module.layer.bias[0] = float("inf")
     assert {reason.where: reason.what for reason in nonfinite(module)} == {
-        "layer.bias": "1 NaN and 0 Inf among 4 values",
-        "table": "0 NaN and 1 Inf among 4 values",
+        "layer.bias": "0 NaN and 1 Inf among 4 values",
+        "table": "1 NaN and 1 Inf among 4 values",
     }
 
 
