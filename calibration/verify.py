@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..exporter.bundle import OutputMetrics, StageResult
-from ..exporter.errors import IsthmusError, MachineError, Reason
+from ..exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError
 from ..exporter.quiet import quiet
 from ..exporter.runner import Runner
 from ..exporter.spec import Arrays, Sampler, Samples, Tolerance
@@ -68,7 +68,7 @@ def module_runner(
     def run(inputs: Arrays) -> Arrays:
         try:
             with torch.no_grad(), quiet():
-                outputs = flatten(module(*to_tensors(inputs, example)))
+                result = module(*to_tensors(inputs, example))
         except Exception as error:  # the user's code raises what it likes
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
             raise IsthmusError(
@@ -76,12 +76,17 @@ def module_runner(
                 reasons=[Reason(f"the inputs were {shapes}")],
                 hint="check the example inputs; where an axis is dynamic, the module has to run at both ends of its range",
             ) from error
+        outputs = flatten(result)
+        if not outputs:
+            raise UnsupportedError(
+                f"{type(module).__name__} gives no tensor, got {type(result).__name__}", hint="wrap it in a module that returns tensors"
+            )
         stem = "output"
         while any(name.startswith(stem) for name in example):  # an input may be called so
             stem += "_"
         names = output_names or ((stem,) if len(outputs) == 1 else tuple(f"{stem}_{i}" for i in range(len(outputs))))
-        if len(names) != len(outputs) or not outputs:
-            raise IsthmusError(f"the PyTorch module gave {len(outputs)} tensors, expected {len(names) or 'at least one'}")
+        if len(names) != len(outputs):
+            raise IsthmusError(f"the PyTorch module gave {len(outputs)} tensors, expected {len(names)}")
         return {name: to_array(t) for name, t in zip(names, outputs, strict=True)}
 
     return run

@@ -331,9 +331,16 @@ def test_a_module_of_the_user_is_exported(run, tmp_path, monkeypatch):
 
 def test_a_module_that_cannot_be_captured_is_unsupported(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    forward = "        if self.inner(x).sum().item() > 0:\n            return x * 2\n        return x.numpy().sum()"
+    forward = "        if self.inner(x).sum().item() > 0:\n            return x * 2\n        return x - x.numpy().sum()"
     result = run("export", _module_file(tmp_path, "wild_module", forward), "--target", "onnxruntime", "-o", "o")
     _check(result, 4, "torch.export does not capture Net", "wild_module.py", "hint: ")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_module_that_returns_no_tensor_is_unsupported(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("export", _module_file(tmp_path, "number_module", "        return float(x.sum())"), "--target", "onnxruntime", "-o", "o")
+    _check(result, 4, "gives no tensor, got float", "hint: wrap")
     assert not (tmp_path / "o").exists()
 
 
