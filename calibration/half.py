@@ -118,6 +118,9 @@ class _Rounded(fx.Interpreter):
         floats = [a for a in n.all_input_nodes if _is_float(a.meta.get("val"))]
         if name in _FLOAT32 or isinstance(n.target, torch._ops.HigherOrderOperator):
             return result
+        # An epsilon that the dtype cannot hold is added in float32, by autocast's users as by our lowering: rounded away, 0 / 0 is NaN.
+        if any(isinstance(a, float) and 0 < abs(a) < torch.finfo(self._dtype).smallest_normal for a in n.args):
+            return result
         if name in _LOWER or (floats and all(a in self._low for a in floats)):
             self._low.add(n)
             return self._round(result)

@@ -64,3 +64,13 @@ def test_peaks_are_those_of_what_modules_read_and_compute(net: Net) -> None:
     assert peaks["inner"] == pytest.approx(max(float(x.abs().max()), float(net.inner(x).abs().max())))
     normal = net.norm(torch.nn.functional.gelu(net.inner(x)))
     assert peaks["outer"] == pytest.approx(max(float(normal.abs().max()), float(net(x).abs().max())))
+
+
+def test_an_epsilon_that_the_dtype_cannot_hold_is_not_rounded_away() -> None:
+    class Normalise(nn.Module):
+        def forward(self, n: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+            return (n @ n) / (d @ d + 1e-15)
+
+    zeros = torch.zeros(4, 4)
+    result = run_rounded(torch.export.export(Normalise(), (zeros, zeros)), (zeros, zeros), torch.float16)
+    assert torch.equal(result, zeros)
