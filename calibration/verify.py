@@ -21,7 +21,6 @@ from .metrics import check, compare
 
 LOGGER = logging.getLogger("isthmus.verify")
 
-Cases = Mapping[str, Mapping[str, torch.Tensor]]
 CaseArrays = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 
 SAMPLE_TOLERANCES: Mapping[str, Tolerance] = {

@@ -75,11 +75,8 @@ def test_an_axis_that_cannot_vary(run, tmp_path):
     _check(run(*EXPORT, tmp_path / "o", "--dynamic", "x:1=1,2,4"), 2, "axis 1 of x cannot vary", "hint: the axes that can")
 
 
-def test_a_provider_that_this_machine_lacks(run, tmp_path):
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this machine has it")
+def test_a_provider_that_this_machine_lacks(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     _check(run(*EXPORT, tmp_path / "o", "--execution-provider", "cuda"), 5, "CUDA", "hint: ")
     assert not (tmp_path / "o").exists()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -40,6 +40,16 @@ _SMALL = 16
 
 PRECISION = "isthmus.precision"
 """Metadata property of the nodes that stay in float32."""
+
+
+def overflowing(peaks: Mapping[str, float], largest: float = FLOAT16_MAX) -> list[str]:
+    """The modules that are kept out of a dtype, by the largest |value| that each was seen to read or compute.
+
+    Args:
+        peaks: Module path to peak.
+        largest: The dtype's largest value. Half of it is the limit, because other inputs than those seen may be larger.
+    """
+    return [path for path, peak in peaks.items() if peak > largest / 2]
 
 
 class ToFloat16(ir.passes.InPlacePass):
@@ -82,8 +92,7 @@ class ToFloat16(ir.passes.InPlacePass):
         return f"{self._half} floating point nodes compute in fp16, {self._single} stay in fp32 (norms, softmax, accumulations, overflow)"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Changes the model in place."""
-        """Rewrites the main graph. Nodes with subgraphs, and calls of functions, stay in float32 as a whole."""
+        """Rewrites the main graph in place. Nodes with subgraphs, and calls of functions, stay in float32 as a whole."""
         graph = model.graph
         opset = model.opset_imports.get("", 1)
         floating = [node for node in graph if _touches_float(node)]

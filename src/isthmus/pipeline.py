@@ -29,10 +29,10 @@ import torch
 from pydantic import ValidationError
 
 from isthmus.calibration.cases import cases_of_example, cases_of_spec
-from isthmus.calibration.half import module_peaks, run_rounded
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
 from isthmus.calibration.report import Pictures, render, write_report
-from isthmus.calibration.verify import SAMPLE_TOLERANCES, compare_cases, flatten, judge, module_runner, run_stage, to_array, to_tensors
+from isthmus.calibration.traced import check_rounded, check_trace
+from isthmus.calibration.verify import SAMPLE_TOLERANCES, module_runner, run_stage, to_array
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo
@@ -208,11 +208,11 @@ def export(
         program = trace(source.module, source.example, dynamic=source.dynamic, ranges=source.ranges)
     stages = []
     with step("checking the trace against PyTorch"):
-        result, peaks = _check_trace(program, source.example, arrays, reference, with_peaks=precision == "fp16")
+        result, peaks = check_trace(program, source.example, arrays, reference, with_peaks=precision == "fp16")
         stages.append(result)
     if precision in ("fp16", "bf16"):
         with step(f"running PyTorch rounded to {precision}"):
-            stages.append(_check_rounded(program, source.example, arrays, reference, precision, peaks, tolerance))
+            stages.append(check_rounded(program, source.example, arrays, reference, precision, peaks, tolerance))
     with step("translating to ONNX"):
         onnx_model = onnx_files.to_onnx(
             program,
@@ -403,62 +403,6 @@ def _tolerance(source: Source, precision: str, atol: float | None, rtol: float |
     if atol is not None or rtol is not None:
         base = dataclasses.replace(base, max_relative=None, atol=atol or 0.0, rtol=rtol or 0.0)
     return base if min_psnr is None else dataclasses.replace(base, min_psnr=min_psnr)
-
-
-def _check_trace(
-    program: torch.export.ExportedProgram,
-    example: Mapping[str, torch.Tensor],
-    inputs: CaseArrays,
-    reference: CaseArrays,
-    *,
-    with_peaks: bool,
-) -> tuple[StageResult, dict[str, float]]:
-    traced: CaseArrays = {}
-    peaks: dict[str, float] = {}
-    module = program.module()
-    for case, arrays in inputs.items():
-        tensors = to_tensors(arrays, example)
-        try:
-            if with_peaks:
-                outputs, found = module_peaks(program, tensors)
-                peaks = {path: max(peaks.get(path, 0.0), found.get(path, 0.0)) for path in peaks | found}
-            else:
-                with torch.no_grad():
-                    outputs = module(*tensors)
-        except (AssertionError, RuntimeError) as error:
-            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
-            raise UnsupportedError(
-                "what torch.export captured holds for the example's sizes only",
-                reasons=[Reason(f"{error}", where=f"case {case}: {shapes}")],
-                hint="give example inputs whose dynamic sizes differ from each other, or leave the axis out of --dynamic",
-            ) from error
-        traced[case] = {name: to_array(t) for name, t in zip(reference[case], flatten(outputs), strict=True)}
-    return judge(
-        "torch", compare_cases(reference, traced), DEFAULT_TOLERANCES["fp32"], device=f"PyTorch {torch.__version__} on the CPU"
-    ), peaks
-
-
-def _check_rounded(
-    program: torch.export.ExportedProgram,
-    example: Mapping[str, torch.Tensor],
-    inputs: CaseArrays,
-    reference: CaseArrays,
-    precision: str,
-    peaks: Mapping[str, float],
-    tolerance: Tolerance,
-) -> StageResult:
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    keep = [path for path, peak in peaks.items() if peak > torch.finfo(dtype).max / 2]
-    rounded: CaseArrays = {}
-    for case, arrays in inputs.items():
-        outputs = run_rounded(program, to_tensors(arrays, example), dtype, keep)
-        rounded[case] = {name: to_array(t) for name, t in zip(reference[case], flatten(outputs), strict=True)}
-    return judge(
-        "torch-dtype",
-        compare_cases(reference, rounded, tolerance),
-        tolerance,
-        device=f"PyTorch {torch.__version__}, rounded to {precision}",
-    )
 
 
 def _tensor_infos(values: Sequence[ir.Value], cases: CaseArrays) -> tuple[TensorInfo, ...]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ...exporter import onnx as onnx_files
 from ...exporter.passes.expand_attention_mask import ExpandAttentionMask
-from ...exporter.passes.float16 import FLOAT16_MAX, ToFloat16
+from ...exporter.passes.float16 import ToFloat16, overflowing
 from ...exporter.passes.name_values import NameValues
 from ...exporter.target import Job, Lowered
 
@@ -25,7 +25,7 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
         NameValues()(model)
     notes: list[str] = []
     if job.precision == "fp16":
-        convert = ToFloat16(keep_modules=[path for path, peak in job.peaks.items() if peak > FLOAT16_MAX / 2])
+        convert = ToFloat16(keep_modules=overflowing(job.peaks))
         model = convert(model).model
         notes.append(convert.summary())
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
