@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 BENCH_ARGS ?=
+# Each process may take 3 GB.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -29,7 +31,7 @@ demo: $(READY)
 	@echo "The report, for a browser: $(CURDIR)/out/dit-digits/report.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q --numprocesses=$(TEST_PROCESSES) --dist=loadgroup --durations=20 $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)
@@ -57,7 +59,8 @@ endef
 
 $(READY): pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,kernels,coreml,coreai,tensorrt-rtx]' --group dev
+	$(BIN)/python -m isthmus.exporter.ops.native --optional
 	@touch $@
 
 $(PARITY_READY): $(PARITY_REQUIREMENTS) constraints.txt

@@ -21,6 +21,7 @@ import traceback
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -28,7 +29,7 @@ import click
 
 from isthmus import __version__
 from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UsageError
-from isthmus.terminal import Progress, print_export, print_fields, print_json, print_table, print_verified
+from isthmus.terminal import Progress, print_export, print_fields, print_json, print_operators, print_table, print_verified
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -197,10 +198,11 @@ def main() -> None:
 
 
 def _registries() -> dict[str, Registry[Any] | None]:
+    from isthmus.exporter.op import OPS
     from isthmus.exporter.spec import MODELS
     from isthmus.exporter.target import TARGETS
 
-    return {"models": MODELS, "targets": TARGETS, "ops": None, "calibrators": None}
+    return {"models": MODELS, "targets": TARGETS, "ops": OPS, "calibrators": None}
 
 
 @main.command("list", short_help="List models, targets, ops and calibrators.")
@@ -211,7 +213,7 @@ def list_command(kind: str | None, style: str) -> None:
     """Lists what exists: models, targets, operators and calibrators."""
     registries = {name: registry for name, registry in _registries().items() if kind in (None, name)}
     if style == "json":
-        print_json({name: _entries(registry) for name, registry in registries.items()})
+        print_json({name: _operators() if name == "ops" else _entries(registry) for name, registry in registries.items()})
         return
     for name, registry in registries.items():
         entries = sorted(registry.index.values(), key=lambda e: e.name) if registry is not None else []
@@ -219,8 +221,28 @@ def list_command(kind: str | None, style: str) -> None:
             print_table((name, "summary"), [(e.name, e.summary) for e in entries])
         else:
             print(f"{name}: none registered yet")
+        if kind == "ops":
+            print()
+            print_operators(_operators())
         if kind is None and name != _KINDS[-1]:
             print()
+
+
+def _operators() -> list[dict[str, Any]]:
+    """Every operator with the state of every part on this machine."""
+    from isthmus.exporter.op import DOMAIN, OPS
+    from isthmus.exporter.ops.state import part_states
+
+    return [
+        {
+            "name": name,
+            "summary": OPS[name].summary,
+            "module": OPS.entry(name).module,
+            "nodes": [f"{DOMAIN}::{form.op_type}" for form in OPS[name].forms],
+            "parts": {part: asdict(state) for part, state in part_states(OPS[name]).items()},
+        }
+        for name in sorted(OPS)
+    ]
 
 
 def _entries(registry: Registry[Any] | None) -> list[dict[str, Any]]:

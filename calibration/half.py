@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..exporter.op import DOMAIN, OPS, CustomOp
+
 # torch.autocast's lists (torch 2.13, aten/src/ATen/autocast_mode.h): what runs in the lower precision, and what is kept in float32.
 _LOWER = (
     "linear",
@@ -112,9 +114,17 @@ class _Rounded(fx.Interpreter):
         result = super().run_node(n)
         if n.op == "get_attr" and _is_float(result):
             self._low.add(n)  # weights are stored in the dtype; see fetch_args_kwargs_from_env
-        if n.op != "call_function" or not _is_float(result) or module_path(n) in self._keep:
+        if n.op != "call_function" or module_path(n) in self._keep:
+            return result
+        if (op := _custom(n)) is not None:
+            return self._round_custom(n, op, result)
+        if not _is_float(result):
             return result
         name = _operator(n.target)
+        if name == "getitem" and isinstance(source := n.args[0], fx.Node) and (op := _custom(source)) is not None:
+            if not op.outputs[int(n.args[1])].wide:  # type: ignore[arg-type]
+                self._low.add(n)
+            return result
         floats = [a for a in n.all_input_nodes if _is_float(a.meta.get("val"))]
         if name in _FLOAT32 or isinstance(n.target, torch._ops.HigherOrderOperator):
             return result
@@ -127,7 +137,10 @@ class _Rounded(fx.Interpreter):
         return result
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        """Rounds what products read, and weights where they are used: rounded where they are fetched, all would be held at once."""
+        """Rounds what products read, and weights where they are used: rounded where they are fetched, all would be held at once.
+
+        Operators of ours take their activations in the dtype and their parameters and states in float32.
+        """
         kept = module_path(n) in self._keep
         lower = n.op == "call_function" and _operator(n.target) in _LOWER
 
@@ -135,10 +148,38 @@ class _Rounded(fx.Interpreter):
             value = self.env[node]
             return self._round(value) if not kept and (lower or node.op == "get_attr") and _is_float(value) else value
 
-        return fx.map_arg(n.args, fetch), fx.map_arg(n.kwargs, fetch)
+        op = _custom(n)
+        if op is None:
+            return fx.map_arg(n.args, fetch), fx.map_arg(n.kwargs, fetch)
+
+        def fetch_exact(node: fx.Node) -> Any:
+            return self.env[node]
+
+        def fetch_rounded(node: fx.Node) -> Any:
+            value = self.env[node]
+            return value if kept or not _is_float(value) else self._round(value)
+
+        fetches = {a.name: fetch_exact if a.wide else fetch_rounded for a in op.inputs}
+        args = tuple(fx.map_arg(arg, fetches[a.name]) for arg, a in zip(n.args, op.inputs, strict=False))
+        return args, {name: fx.map_arg(arg, fetches.get(name, fetch_exact)) for name, arg in n.kwargs.items()}
+
+    def _round_custom(self, n: fx.Node, op: CustomOp, result: Any) -> Any:
+        """The results of an operator of ours, its activations rounded; inside, it sums in float32 and keeps its state in it."""
+        if isinstance(result, torch.Tensor):
+            self._low.add(n)
+            return self._round(result)
+        return tuple(x if a.wide else self._round(x) for a, x in zip(op.outputs, result, strict=True))
 
     def _round(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._dtype).to(value.dtype)
+
+
+def _custom(n: fx.Node) -> CustomOp | None:
+    """The operator of ours that the node calls."""
+    target = n.target
+    if n.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != DOMAIN:
+        return None
+    return OPS[str(target._schema.name).split("::")[1]]
 
 
 def _operator(target: object) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import IsthmusError, Reason, UnsupportedError
+from .op import DOMAIN
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def to_onnx(
 ) -> ir.Model:
     """Translates a traced program. The initializers share memory with the program's weights.
 
+    Calls of our own operators become nodes of our domain, each with a function body in the model (see `ops.onnx_forms`).
+
     Args:
         program: The traced program.
         opset: One of `OPSETS`.
@@ -47,6 +50,9 @@ def to_onnx(
         UnsupportedError: Operators without an ONNX translation, all of them listed by name and module.
     """
     import torch
+
+    from .ops.onnx_forms import add_functions
+    from .ops.onnx_translation import translations
 
     constants = [
         Reason(f"output {i} is the Python value {spec.arg.value!r}", fix="wrap the module in one that returns tensors only")
@@ -65,6 +71,7 @@ def to_onnx(
                 # Names that no parameter has: torch would let an input replace the parameter of its name.
                 input_names=[f"isthmus::input::{i}" for i in range(len(input_names))],
                 verbose=False,
+                custom_translation_table=translations(program),
             )
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(
@@ -81,6 +88,7 @@ def to_onnx(
         )
     _name(model, input_names, output_names)
     _rename_dimensions(model, dimension_names or {})
+    add_functions(model)
     return model
 
 
@@ -167,7 +175,7 @@ def _untranslated(program: torch.export.ExportedProgram, error: BaseException) -
             # torch.onnx drops assertions before it translates.
             if node.op != "call_function" or str(node.target) in reasons or "assert" in str(node.target):
                 continue
-            if not hasattr(node.target, "_schema"):
+            if not hasattr(node.target, "_schema") or node.target.namespace == DOMAIN:
                 continue
             function, message = _dispatching.dispatch(node, registry)
             if function is None:

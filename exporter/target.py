@@ -83,7 +83,7 @@ class Stage:
     """A way to execute a written artifact, and so to verify it.
 
     Attributes:
-        name: One of the bundle's stage names (`onnx`, `quantized`, `plan`, `mil`, `coreai`, `device`).
+        name: One of the bundle's stage names (`onnx`, `native`, `quantized`, `plan`, `mil`, `coreai`, `device`).
         open: Makes the runner, or None when this machine cannot run the stage.
         reason: Why it cannot; empty when it can.
         required: The user asked for this stage by name: a machine that cannot run it is an error, not a `not run`.

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..exporter.ops.causal_conv1d.eager import causal_conv1d
+from ..exporter.ops.selective_scan.eager import selective_scan
 from ..exporter.spec import ModelSpec, SizeRange, register_model
 from .flow import digits_sampler
 from .layers import LabelEmbedder, TimestepEmbedder, class_conditional_inputs, modulate
@@ -86,70 +89,37 @@ class DiffuSSMConfig:
             )
 
 
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """Mamba-1's selective scan: h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l, y_l = C_l . h_l + D u_l, with h_{-1} = 0.
-
-    The recurrence is solved in ceil(log2 L) doubling steps of elementwise operators (Hillis and Steele, "Data parallel algorithms", 1986):
-    after the step of stride k, token l holds the decay and the input of the last 2 k tokens. The graph is short for any L, and it cannot
-    overflow: no decay is ever divided by, and a product of decays is at most 1.
-
-    Args:
-        u: Input (B, L, d).
-        delta: Step size (B, L, d), not negative.
-        A: Continuous-time decay (d, N), negative.
-        B: Input matrix (B, L, N).
-        C: Output matrix (B, L, N).
-        D: Skip (d,).
-
-    Returns:
-        (B, L, d) in the dtype of `u`. Decays and states are computed in float32 at least: in 16 bits a decay near 1 would be rounded to 1.
-
-    Source: arXiv:2312.00752, section 3; B is discretised by Euler's rule, as in the authors' `selective_scan_ref`.
-    """
-    length = u.shape[1]
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    u_wide, delta_wide = u.to(dtype), delta.to(dtype)
-    decay = torch.exp(delta_wide.unsqueeze(-1) * A.to(dtype))  # (B, L, d, N)
-    state = (delta_wide * u_wide).unsqueeze(-1) * B.to(dtype).unsqueeze(2)
-    stride = 1
-    while stride < length:
-        earlier = (0, 0, 0, 0, stride, 0)  # shifts tokens to the right; what lies before the first token is 0, whatever its decay
-        state = state + decay * F.pad(state[:, :-stride], earlier)
-        if 2 * stride < length:
-            decay = decay * F.pad(decay[:, :-stride], earlier)
-        stride *= 2
-    y = (state * C.to(dtype).unsqueeze(2)).sum(-1) + u_wide * D.to(dtype)
-    return y.to(u.dtype)
+def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, initial_state: Tensor | None) -> Tensor:
+    """`isthmus::causal_conv1d` with SiLU, (B, d, L) to (B, d, L)."""
+    y: Tensor = causal_conv1d(x, weight, bias, initial_state, silu=True)[0]
+    return y
 
 
-class SelectiveScan(nn.Module):
-    """`selective_scan` as a module without weights: its name marks the part of a graph that has to stay in 32 bits.
-
-    Attributes:
-        function: What computes it; any function with the signature of `selective_scan`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.function = selective_scan
-
-    def forward(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-        """See `selective_scan`."""
-        return self.function(u, delta, A, B, C, D)
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, *, reverse: bool) -> Tensor:
+    """`isthmus::selective_scan` from a state of zeros, with softplus, (B, L, d) to (B, L, d)."""
+    y: Tensor = selective_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus=True, reverse=reverse)[0]
+    return y
 
 
 class MambaCore(nn.Module):
-    """The causal core of a Mamba-1 block, (B, L, d) to (B, L, d); its weights have the names of the authors' code."""
+    """The core of a Mamba-1 block, (B, L, d) to (B, L, d); its weights have the names of the authors' code.
 
-    def __init__(self, channels: int, state_size: int, conv_size: int, dt_rank: int) -> None:
+    Attributes:
+        convolve: What computes the convolution; our operators have no gradient, so that training puts others here and in `scan`.
+        scan: What computes the selective scan.
+    """
+
+    def __init__(self, channels: int, state_size: int, conv_size: int, dt_rank: int, *, reverse: bool = False) -> None:
         super().__init__()
+        self.reverse = reverse
+        self.convolve: Callable[..., Tensor] = causal_convolution
+        self.scan: Callable[..., Tensor] = scan
         self.splits = (dt_rank, state_size, state_size)
         self.conv1d = nn.Conv1d(channels, channels, conv_size, groups=channels, padding=conv_size - 1)
         self.x_proj = nn.Linear(channels, sum(self.splits), bias=False)
         self.dt_proj = nn.Linear(dt_rank, channels)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1, dtype=torch.float32)).repeat(channels, 1))
         self.D = nn.Parameter(torch.ones(channels))
-        self.scan = SelectiveScan()
         # Mamba's initialisation: step sizes spread log-uniformly over 1e-3 to 1e-1, through the inverse of softplus.
         nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
         delta = torch.exp(torch.rand(channels) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
@@ -157,12 +127,19 @@ class MambaCore(nn.Module):
             self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mixes (B, L, d) along L, each token seeing itself and those before it."""
-        u = F.silu(self.conv1d(x.transpose(1, 2))[:, :, : x.shape[1]]).transpose(1, 2)
+        """Mixes (B, L, d) along L, each token seeing itself and those before it; with `reverse`, itself and those after it."""
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        inputs, initial_state = x.transpose(1, 2), None
+        if self.reverse:
+            # From the last token to the first, without turning anything round but the taps: shifted by the width, with zeros after the end.
+            carried = weight.shape[2] - 1
+            padded = F.pad(inputs, (0, carried))
+            weight, initial_state, inputs = weight.flip(2), padded[:, :, :carried], padded[:, :, carried:]
+        u = self.convolve(inputs, weight, bias, initial_state=initial_state).transpose(1, 2)
         dt, B, C = torch.split(self.x_proj(u), list(self.splits), dim=-1)
-        delta = F.softplus(self.dt_proj(dt))
-        y: Tensor = self.scan(u, delta, -torch.exp(self.A_log), B, C, self.D)
-        return y
+        # The bias of dt_proj and softplus are the scan's: the step is then never rounded to the dtype of the activations.
+        delta = F.linear(dt, self.dt_proj.weight)
+        return self.scan(u, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_proj.bias, reverse=self.reverse)
 
 
 class BidirectionalMamba(nn.Module):
@@ -171,11 +148,11 @@ class BidirectionalMamba(nn.Module):
     def __init__(self, channels: int, state_size: int, conv_size: int, dt_rank: int) -> None:
         super().__init__()
         self.forwards = MambaCore(channels, state_size, conv_size, dt_rank)
-        self.backwards = MambaCore(channels, state_size, conv_size, dt_rank)
+        self.backwards = MambaCore(channels, state_size, conv_size, dt_rank, reverse=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes (B, L, d) along L, each token seeing all."""
-        y: Tensor = self.forwards(x) + self.backwards(x.flip(1)).flip(1)
+        y: Tensor = self.forwards(x) + self.backwards(x)
         return y
 
 

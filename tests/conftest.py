@@ -20,6 +20,14 @@ Child = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one process, because they share what is made once; the sweep's, of one implementation in one process."""
+    for item in items:
+        swept = getattr(item, "callspec", None) and item.callspec.params.get("swept")
+        item.add_marker(pytest.mark.xdist_group(swept[1] if swept else item.path.relative_to(ROOT).as_posix()))
+
+
 def _run(*arguments: object) -> click.testing.Result:
     handler = signal.getsignal(signal.SIGTERM)
     logger = logging.getLogger("isthmus")

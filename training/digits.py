@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isthmus.exporter.spec import MODELS, Arrays, ModelSpec
-from isthmus.models.diffussm import SelectiveScan, selective_scan
+from isthmus.models.diffussm import MambaCore, causal_convolution, scan
 from isthmus.models.flow import TIME_SCALE, RectifiedFlowSampler, Step
 
 from .data import Split, digits
 from .judge import draw, judge
-from .scan import sequential_selective_scan
+from .scan import differentiable_convolution, sequential_scan
 
 NULL_SHARE = 0.1
 """Share of the labels replaced by "no class" while training, for classifier-free guidance."""
@@ -130,11 +130,12 @@ def train(model: nn.Module, sampler: RectifiedFlowSampler, settings: Settings, s
     return average, losses
 
 
-def use_scan(model: nn.Module, function: Any) -> None:
-    """Makes every selective scan of `model` use `function`."""
+def use_gradients(model: nn.Module, *, wanted: bool) -> None:
+    """Makes the Mamba cores of `model` compute with functions that have gradients, or with the exported operators, which have none."""
     for module in model.modules():
-        if isinstance(module, SelectiveScan):
-            module.function = function
+        if isinstance(module, MambaCore):
+            module.convolve = differentiable_convolution if wanted else causal_convolution
+            module.scan = sequential_scan if wanted else scan
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -156,12 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sampler = flow_sampler(spec)
     torch.manual_seed(options.seed)
     model = spec.build()
-    use_scan(model, sequential_selective_scan)
+    use_gradients(model, wanted=True)
     start = time.perf_counter()
     average, losses = train(model, sampler, settings, options.seed)
     seconds = time.perf_counter() - start
     model.load_state_dict(average)
-    use_scan(model, selective_scan)
+    use_gradients(model, wanted=False)
     metadata = {
         "format": "pt",
         "model": options.model,

@@ -1,7 +1,6 @@
-"""The selective scan as training wants it: one pass over the tokens forwards and one backwards, with a gradient written by hand.
+"""The selective scan and the convolution as training wants them: with gradients, which the exported operators do not have.
 
-The form that models are exported with keeps every doubling step for the gradient, which takes several times the memory and, on a CPU,
-the time. This one computes the same function.
+The scan is one pass over the tokens forwards and one backwards, with a gradient written by hand.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -54,7 +54,16 @@ class _Scan(torch.autograd.Function):
         return grad_u.transpose(0, 1), grad_delta.transpose(0, 1), grad_A.t(), grad_B.transpose(0, 1), grad_C.transpose(0, 1)
 
 
-def sequential_selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """`isthmus.models.diffussm.selective_scan`, token by token, in the dtype of `u`, once differentiable. Shapes as there."""
-    y: Tensor = _Scan.apply(u, delta, A, B, C)  # type: ignore[no-untyped-call]
-    return y + u * D
+def sequential_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, *, reverse: bool) -> Tensor:
+    """`isthmus.models.diffussm.scan`, token by token, in the dtype of `u`, once differentiable. Shapes as there."""
+    delta = F.softplus(delta + delta_bias)
+    tokens = [x.flip(1) if reverse else x for x in (u, delta, B, C)]
+    y: Tensor = _Scan.apply(tokens[0], tokens[1], A, tokens[2], tokens[3])  # type: ignore[no-untyped-call]
+    return (y.flip(1) if reverse else y) + u * D
+
+
+def differentiable_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, initial_state: Tensor | None) -> Tensor:
+    """`isthmus.models.diffussm.causal_convolution` by torch's own convolution. Shapes as there."""
+    width = weight.shape[2]
+    padded = F.pad(x, (width - 1, 0)) if initial_state is None else torch.cat([initial_state, x], dim=2)
+    return F.silu(F.conv1d(padded, weight, bias, groups=x.shape[1]))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..op import DOMAIN, CustomOp
 
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
@@ -24,7 +25,7 @@ def define(op: CustomOp, compute: Compute) -> Callable[..., Any]:
 
     Its arguments are the schema's inputs in order, then its attributes as keywords; its results are the schema's outputs: one tensor, or a
     tuple. Outputs have the dtype of the first input, wide ones float32 at least. Calls with inputs that do not fit raise UsageError with
-    every reason. The operator has no gradient.
+    every reason. The operator has no gradient: a backward pass through it raises UsageError.
 
     Args:
         op: The operator.
@@ -51,8 +52,13 @@ def define(op: CustomOp, compute: Compute) -> Callable[..., Any]:
         outputs = tuple(first.new_empty(shapes[a.name], dtype=wide(first.dtype) if a.wide else first.dtype) for a in op.outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
+    def backward(*_: Any) -> Any:
+        raise UsageError(f"{DOMAIN}::{op.name} has no gradient", hint="train with a form in plain torch operators, and export with this one")
+
     _LIBRARY.impl(op.name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{DOMAIN}::{op.name}", fake, lib=_LIBRARY)
+    # Without it torch would let a gradient end here, with no more than a warning.
+    torch.library.register_autograd(f"{DOMAIN}::{op.name}", backward, lib=_LIBRARY)
     return getattr(getattr(torch.ops, DOMAIN), op.name)  # type: ignore[no-any-return]
 
 

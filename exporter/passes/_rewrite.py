@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..op import DOMAIN
+
 ORIGIN = "isthmus.origin"  # node.meta: the scope.Origin that the node was made for; also on the values of constants that passes made
 MADE_BY_PASS = "isthmus.made_by_pass"  # noqa: S105 - value.meta: a constant that a pass made, so that it may be merged and renamed
 
@@ -35,11 +37,16 @@ class Scope:
 
 
 def scopes(model: ir.Model) -> Iterator[Scope]:
-    """Every graph of the model, outer before inner, the functions' last."""
+    """Every graph of the model, outer before inner, the functions' last.
+
+    The bodies of our own operators are not among them: they are written as they are to be, and replaced as a whole.
+    """
     default = model.opset_imports.get("", 0)
     for graph in (model.graph, *model.graph.subgraphs()):
         yield Scope(graph, model.graph, default, is_function=False)
     for function in model.functions.values():
+        if function.domain == DOMAIN:
+            continue
         opset = function.opset_imports.get("", default)
         for graph in (function.graph, *function.graph.subgraphs()):
             yield Scope(graph, function.graph, opset, is_function=True)

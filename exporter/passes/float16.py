@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ..op import DOMAIN
+from ..ops.onnx_forms import register
 from .scope import module_of
 
 FLOAT16_MAX = 65504.0
@@ -66,6 +68,9 @@ class ToFloat16(ir.passes.InPlacePass):
     5. is one of the products that a division normalises afterwards (linear attention sums over all tokens before it divides);
     6. stands between such nodes only, so that nothing is gained by two casts.
 
+    Nodes of our own operators take what their schemas let them: activations in float16, parameters and states in float32. Inside they sum
+    in float32.
+
     Given::
 
         h = MatMul(x, w)
@@ -92,7 +97,7 @@ class ToFloat16(ir.passes.InPlacePass):
         return f"{self._half} floating point nodes compute in fp16, {self._single} stay in fp32 (norms, softmax, accumulations, overflow)"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrites the main graph in place. Nodes with subgraphs, and calls of functions, stay in float32 as a whole."""
+        """Rewrites the main graph in place. Nodes with subgraphs, and calls of others' functions, stay in float32 as a whole."""
         graph = model.graph
         opset = model.opset_imports.get("", 1)
         floating = [node for node in graph if _touches_float(node)]
@@ -124,8 +129,8 @@ class ToFloat16(ir.passes.InPlacePass):
                     node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
                 if node.op_type == "Attention":
                     node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", int(ir.DataType.FLOAT))
-                for value in node.outputs:
-                    if value.dtype == ir.DataType.FLOAT:
+                for value, narrow in zip(node.outputs, _half_outputs(node, opset), strict=True):
+                    if value.dtype == ir.DataType.FLOAT and narrow:
                         # A new type: Model.clone shares the type objects, and setting `dtype` would change the original too.
                         value.type = ir.TensorType(ir.DataType.FLOAT16)
         for node in single:
@@ -166,7 +171,9 @@ class ToFloat16(ir.passes.InPlacePass):
         return single
 
     def _stays(self, node: ir.Node, opset: int) -> bool:
-        if node.domain != "" or any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        if node.domain not in ("", DOMAIN) or any(
+            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
+        ):
             return True
         if not _may_be_half(node, opset) or module_of(node) in self._keep_modules:
             return True
@@ -243,6 +250,8 @@ def _is_beyond_half(value: ir.Value | None) -> bool:
 
 
 def _formal_types(node: ir.Node, opset: int) -> tuple[list[set[str]], list[set[str]]] | None:
+    if node.domain == DOMAIN:
+        register()
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
@@ -264,6 +273,8 @@ def _may_be_half(node: ir.Node, opset: int) -> bool:
         for value in (*node.inputs, *node.outputs)
     ):
         return False
+    if node.domain == DOMAIN:
+        return True
     return all(
         "tensor(float16)" in allowed for value, allowed in zip(node.outputs, types[1], strict=True) if value.dtype == ir.DataType.FLOAT
     )
@@ -272,6 +283,11 @@ def _may_be_half(node: ir.Node, opset: int) -> bool:
 def _half_inputs(node: ir.Node, opset: int) -> frozenset[int]:
     types = _formal_types(node, opset)
     return frozenset(i for i, allowed in enumerate(types[0]) if "tensor(float16)" in allowed) if types else frozenset()
+
+
+def _half_outputs(node: ir.Node, opset: int) -> list[bool]:
+    types = _formal_types(node, opset)
+    return ["tensor(float16)" in allowed for allowed in types[1]] if types else [True] * len(node.outputs)
 
 
 def _half_weight(value: ir.Value, graph: ir.Graph, made: dict[ir.Value, ir.Value]) -> ir.Value:

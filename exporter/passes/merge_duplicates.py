@@ -7,7 +7,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from ._rewrite import MADE_BY_PASS, constant
 
-_LIMIT = 1 << 16  # bytes
+_LIMIT = 4 << 20  # bytes: what FoldConstants makes at most, so that states of zeros are kept once
 
 
 class MergeDuplicates(ir.passes.InPlacePass):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from ..op import DOMAIN
 from ._rewrite import MADE_BY_PASS, ORIGIN, Array, constant
 from .scope import Origin, module_of, operator_of
 
@@ -45,6 +46,8 @@ class NameValues(ir.passes.InPlacePass):
         modified = _name_constants(model.graph, used)
         modified |= _name_nodes(graphs, used)
         for function in model.functions.values():
+            if function.domain == DOMAIN:
+                continue  # our operators' bodies have names of their own
             inner = [function.graph, *function.graph.subgraphs()]
             modified |= _name_nodes(inner, _kept_names(inner))
         return ir.passes.PassResult(model, modified)

@@ -37,6 +37,7 @@ from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo
 from isthmus.exporter.errors import AccuracyError, IntegrityError, IsthmusError, Reason, UnknownNameError, UnsupportedError
+from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.source import Model, Source, load_source
 from isthmus.exporter.spec import Dynamic, Sampler, Samples, Tolerance
@@ -192,7 +193,8 @@ def export(
     cases["example"] = dict(source.example)
     tolerance = _tolerance(source, precision, atol, rtol, min_psnr)
 
-    with step("running PyTorch"):
+    # What the artifacts are measured against must not be computed by the kernels that one of them runs.
+    with step("running PyTorch"), native_kernels(False):
         run = module_runner(source.module, source.example, source.spec.outputs if source.spec else None)
         arrays = {case: {name: to_array(t) for name, t in tensors.items()} for case, tensors in cases.items()}
         reference: CaseArrays = {case: dict(run(tensors)) for case, tensors in arrays.items()}
@@ -207,11 +209,11 @@ def export(
     with step("tracing"):
         program = trace(source.module, source.example, dynamic=source.dynamic, ranges=source.ranges)
     stages = []
-    with step("checking the trace against PyTorch"):
+    with step("checking the trace against PyTorch"), native_kernels(False):
         result, peaks = check_trace(program, source.example, arrays, reference, with_peaks=precision == "fp16")
         stages.append(result)
     if precision in ("fp16", "bf16"):
-        with step(f"running PyTorch rounded to {precision}"):
+        with step(f"running PyTorch rounded to {precision}"), native_kernels(False):
             stages.append(check_rounded(program, source.example, arrays, reference, precision, peaks, tolerance))
     with step("translating to ONNX"):
         onnx_model = onnx_files.to_onnx(

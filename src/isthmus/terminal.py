@@ -72,6 +72,28 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def print_operators(operators: Sequence[Mapping[str, Any]]) -> None:
+    """One row a part and one column an operator, then what the words mean, and what is missing or cannot be, each fact once."""
+    from isthmus.exporter.op import PARTS
+    from isthmus.exporter.ops.state import MEANINGS
+
+    columns = {o["name"]: o["parts"] for o in operators}
+    print_table(("part", *columns), [(part, *(parts[part]["state"] for parts in columns.values())) for part in PARTS])
+    seen = {state["state"] for parts in columns.values() for state in parts.values()}
+    print()
+    for word, meaning in MEANINGS.items():
+        if word in seen:
+            print(f"{word}: {meaning}")
+    facts: dict[tuple[str, str, str], list[str]] = {}
+    for name, parts in columns.items():
+        for part, state in parts.items():
+            facts.setdefault((part, state["detail"], state["fix"]), []).append(name)
+    print()
+    for (part, detail, fix), names in sorted(facts.items(), key=lambda item: list(PARTS).index(item[0][0])):
+        who = "" if len(names) == len(columns) else f" of {', '.join(names)}"
+        print(f"{part}{who}: {detail}" + (f"; fix: {fix}" if fix else ""))
+
+
 def print_export(result: ExportResult) -> None:
     """The verdict of every stage, and where the bundle and its report are."""
     manifest = result.manifest

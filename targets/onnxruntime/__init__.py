@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...exporter.bundle import Manifest
 from ...exporter.errors import Reason
 from ...exporter.onnx import OPSETS
+from ...exporter.op import DOMAIN
 from ...exporter.runner import Runner
 from ...exporter.target import Capability, Job, Lowered, Stage, Target, register_target
 
@@ -29,6 +30,11 @@ class OnnxRuntimeOptions(BaseModel):
         "all", description="Graph optimisation level of the session."
     )
     threads: int = Field(0, ge=0, le=1024, description="Threads within an operator; 0 lets ONNX Runtime decide.")
+    ssm_op: Literal["onnx27", "plugin", "decomposed"] = Field(
+        "plugin",
+        description="How scans and linear attention are written: as the standard operators of opset 27, as nodes of our own with a body in "
+        "the same file (any ONNX Runtime runs the body, our library runs the node), or as plain operators only.",
+    )
 
 
 @register_target("onnxruntime", summary="ONNX Runtime on any machine: one ONNX file, fp32 or fp16")
@@ -41,14 +47,17 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
 
     def capabilities(self) -> list[Capability]:
         """Lowering works everywhere; verification needs the `onnxruntime` package."""
+        from ...exporter.ops import native
         from .session import installed
 
         version, providers = installed()
+        built, kernels, fix = native.state()
         found = f"onnxruntime {version}, {', '.join(providers)}" if version else "the onnxruntime package is not installed"
         return [
             Capability("lower", available=True, detail="writes ONNX on any machine"),
             Capability("build", available=True, detail="an ONNX file needs no build"),
             Capability("verify", available=bool(version), detail=found, fix="" if version else "pip install 'isthmus[cpu]'"),
+            Capability("native kernels", available=built, detail=kernels, fix=fix),
         ]
 
     def check_machine(self, options: OnnxRuntimeOptions) -> None:
@@ -59,10 +68,10 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
             check_provider(options.execution_provider)
 
     def unsupported(self, job: Job[OnnxRuntimeOptions]) -> list[Reason]:
-        """Nodes of domains that ONNX Runtime does not know, and element types that its CPU kernels lack."""
-        from .support import unsupported
+        """Nodes that ONNX Runtime does not know, element types that its CPU kernels lack, and what `--ssm-op onnx27` cannot express."""
+        from .support import unsupported, without_standard_operator
 
-        return unsupported(job.model)
+        return unsupported(job.model) + (without_standard_operator(job.model) if job.options.ssm_op == "onnx27" else [])
 
     def lower(self, job: Job[OnnxRuntimeOptions], folder: Path) -> Lowered:
         """Writes `model.onnx`; in fp16, norms, softmax, accumulations and whatever leaves fp16's range stay in fp32."""
@@ -71,20 +80,38 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
         return lower(job, folder / MODEL)
 
     def stages(self, folder: Path, manifest: Manifest) -> list[Stage]:
-        """`onnx` on the CPU; with `--execution-provider cuda` also `device`."""
+        """`onnx`: the file as every ONNX Runtime runs it, on the CPU. `native`, where the file has nodes of our own: with our kernels in
+        place of the nodes' bodies. With `--execution-provider cuda` also `device`.
+        """
         options = OnnxRuntimeOptions.model_validate(manifest.options.get(self.name, {}))
-        stages = [Stage("onnx", _opener(folder / MODEL, options.model_copy(update={"execution_provider": "cpu"})))]
+        path, cpu = folder / MODEL, options.model_copy(update={"execution_provider": "cpu"})
+        stages = [Stage("onnx", _opener(path, cpu))]
+        if _has_nodes_of_ours(path):
+            from ...exporter.ops import native
+
+            built, detail, fix = native.state()
+            stages.append(Stage("native", _opener(path, cpu, native.library()) if built else None, reason=f"{detail} (fix: {fix})"))
         if options.execution_provider == "cuda":
-            stages.append(Stage("device", _opener(folder / MODEL, options), required=True))
+            stages.append(Stage("device", _opener(path, options), required=True))
         return stages
 
 
-def _opener(path: Path, options: OnnxRuntimeOptions) -> Callable[[], Runner]:
+def _has_nodes_of_ours(path: Path) -> bool:
+    import onnx
+
+    return any(entry.domain == DOMAIN for entry in onnx.load(path, load_external_data=False).opset_import)
+
+
+def _opener(path: Path, options: OnnxRuntimeOptions, kernels: Path | None = None) -> Callable[[], Runner]:
     def make() -> Runner:
         from .session import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(
-            path, provider=options.execution_provider, optimization=options.graph_optimization, threads=options.threads
+            path,
+            provider=options.execution_provider,
+            optimization=options.graph_optimization,
+            threads=options.threads,
+            kernels=kernels,
         )
 
     return make

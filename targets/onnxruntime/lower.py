@@ -12,6 +12,7 @@ from ...exporter.passes.expand_attention_mask import ExpandAttentionMask
 from ...exporter.passes.float16 import ToFloat16, overflowing
 from ...exporter.passes.name_values import NameValues
 from ...exporter.target import Job, Lowered
+from .ssm_op import write_ssm_op
 
 
 def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
@@ -28,6 +29,7 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
         convert = ToFloat16(keep_modules=overflowing(job.peaks))
         model = convert(model).model
         notes.append(convert.summary())
+    notes += write_ssm_op(model, job.options.ssm_op)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     onnx_files.save(model, path, bytes_of_weights=sum(t.nbytes for t in weights))
     onnx_files.check(path, opset=model.opset_imports[""])
@@ -36,6 +38,7 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
         device="any ONNX Runtime",
         notes=tuple(notes),
         details={
+            "opset": model.opset_imports[""],
             "nodes": counts.total(),
             "operators": dict(sorted(counts.items())),
             "weight_bytes": sum(t.nbytes for t in weights),

@@ -53,6 +53,7 @@ class OnnxRuntimeRunner(Runner):
         provider: `cpu` or `cuda`.
         optimization: Graph optimisation level.
         threads: Threads within an operator, 0 for ONNX Runtime's choice.
+        kernels: The library of our operators' CPU kernels; None for their bodies in the file, which is what every ONNX Runtime does.
 
     Raises:
         MachineError: onnxruntime is not installed, the provider is not part of it, or the session fell back to another provider.
@@ -66,6 +67,7 @@ class OnnxRuntimeRunner(Runner):
         provider: Literal["cpu", "cuda"] = "cpu",
         optimization: Literal["disable", "basic", "extended", "all"] = "all",
         threads: int = 0,
+        kernels: Path | None = None,
     ) -> None:
         wanted = check_provider(provider)
         import onnxruntime as ort
@@ -79,6 +81,14 @@ class OnnxRuntimeRunner(Runner):
         }[optimization]
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 3  # errors; they also arrive as exceptions
+        if kernels is not None:
+            try:
+                settings.register_custom_ops_library(str(kernels))
+            except Exception as error:  # its exception classes live in a private module
+                raise IsthmusError(
+                    f"ONNX Runtime {ort.__version__} does not load {kernels}: {_first_line(error)}",
+                    hint="delete the file; `python -m isthmus.exporter.ops.native` builds it again",
+                ) from error
         try:
             self._session: Any = ort.InferenceSession(str(path), settings, providers=[wanted])
         except Exception as error:  # its exception classes live in a private module
@@ -92,7 +102,7 @@ class OnnxRuntimeRunner(Runner):
                 f"asked for {wanted}, ONNX Runtime runs on {used[0]}",
                 hint="its CUDA or cuDNN libraries did not load: run `isthmus doctor`, and see --log-level debug for the loader's message",
             )
-        self.device = wanted
+        self.device = f"{wanted} with {kernels.name}" if kernels else wanted
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...exporter.errors import Reason
+from ...exporter.errors import Reason, UnsupportedError
+from ...exporter.ops.onnx_forms import custom_nodes, forms
 from ...exporter.passes import module_of
+from ...exporter.passes._rewrite import dims
+from ...exporter.passes.convert_opset import unconvertible
+from ...exporter.passes.to_standard_operators import OPSET, standard_body
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,7 +34,8 @@ def unsupported(model: ir.Model) -> list[Reason]:
 
     functions = {(f.domain, f.name) for f in model.functions.values()}
     reasons: dict[Reason, None] = {}
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    inside = [node for f in model.functions.values() for node in ir.traversal.RecursiveGraphIterator(f.graph)]
+    for node in (*ir.traversal.RecursiveGraphIterator(model.graph), *inside):
         where = module_of(node)
         if node.domain not in _DOMAINS and (node.domain, node.op_type) not in functions:
             reasons[
@@ -53,3 +58,25 @@ def unsupported(model: ir.Model) -> list[Reason]:
                 what = f"{node.op_type} computes in {value.dtype.name.lower()}, expected float32 before the lowering"
                 reasons[Reason(what, where, "export the module in float32 (module.float()), with float32 inputs")] = None
     return list(reasons)
+
+
+def without_standard_operator(model: ir.Model) -> list[Reason]:
+    """Why the model cannot be written with the standard's LinearAttention and CausalConvWithState; empty when it can, or need not be."""
+    nodes = custom_nodes(model)
+    reasons: dict[Reason, None] = {}
+    for node in nodes:
+        op, _ = forms()[node.op_type]
+        where = module_of(node)
+        if "onnx27" in op.lacks:
+            fix = "choose --ssm-op plugin or decomposed"
+            reasons[Reason(f"{op.name} has no standard operator in opset {OPSET}: {op.lacks['onnx27']}", where, fix)] = None
+            continue
+        if node.op_type == "CausalConv1d" and not isinstance((dims(node.inputs[0]) or [None] * 3)[1], int):
+            # ONNX Runtime 1.32 has no kernel for the operator; it runs the body that the standard derives from the number of channels.
+            fix = "make the number of channels static, or choose --ssm-op plugin or decomposed"
+            reasons[Reason("ONNX Runtime runs CausalConvWithState for a static number of channels only", where, fix)] = None
+        try:
+            standard_body(node)
+        except UnsupportedError as error:
+            reasons.update(dict.fromkeys(error.reasons))
+    return [*reasons, *(unconvertible(model, OPSET) if nodes else [])]

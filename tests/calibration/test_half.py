@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from isthmus.calibration.half import module_peaks, run_rounded
+from isthmus.exporter.op import OPS
 
 
 class Net(nn.Module):
@@ -74,3 +75,32 @@ def test_an_epsilon_that_the_dtype_cannot_hold_is_not_rounded_away() -> None:
     zeros = torch.zeros(4, 4)
     result = run_rounded(torch.export.export(Normalise(), (zeros, zeros)), (zeros, zeros), torch.float16)
     assert torch.equal(result, zeros)
+
+
+class Scanned(nn.Module):
+    """A scan that forgets 1e-4 of its state a token: in float16 such a decay is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        OPS["selective_scan"].part("torch")
+        self.A = nn.Parameter(torch.full((2, 1), -0.0101))
+
+    def forward(self, u: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, state = torch.ops.isthmus.selective_scan(u, torch.full_like(u, 0.01), self.A, b, b)
+        return y, state
+
+
+def test_an_operator_of_ours_rounds_its_activations_and_nothing_else() -> None:
+    module = Scanned().eval().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    u, b = torch.rand(1, 512, 2, generator=g), torch.rand(1, 512, 1, generator=g)
+    program = torch.export.export(module, (u, b))
+    y, state = run_rounded(program, (u, b), torch.float16)
+    half = torch.full_like(u, 0.01).half().float()
+    # A is a parameter that the operator takes in float32: rounded to float16 it would be another number.
+    assert module.A.half().float().ne(module.A).all()
+    expected, last = torch.ops.isthmus.selective_scan(u.half().float(), half, module.A, b.half().float(), b.half().float())
+    assert torch.equal(y, expected.half().float())
+    assert torch.equal(state, last)
+    kept, _ = run_rounded(program, (u, b), torch.float16, keep_modules=[""])
+    assert torch.equal(kept, module(u, b)[0])

@@ -10,12 +10,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from isthmus.exporter.errors import IsthmusError, MachineError
+from isthmus import pipeline
+from isthmus.exporter.errors import IsthmusError, MachineError, UnsupportedError
+from isthmus.exporter.op import OPS
+from isthmus.exporter.ops.onnx_models import node_of, one_node
 from isthmus.exporter.passes.expand_attention_mask import ExpandAttentionMask
 from isthmus.exporter.target import TARGETS
 from isthmus.targets.onnxruntime import OnnxRuntimeOptions
 from isthmus.targets.onnxruntime.session import OnnxRuntimeRunner
-from isthmus.targets.onnxruntime.support import unsupported
+from isthmus.targets.onnxruntime.ssm_op import write_ssm_op
+from isthmus.targets.onnxruntime.support import unsupported, without_standard_operator
 
 ADD = '<ir_version: 10, opset_import: ["" : 23]> g (float[N,3] x, float[3] y) => (float[N,3] z) { z = Add(x, y) }'
 
@@ -118,3 +122,112 @@ def test_capabilities_name_the_installed_version() -> None:
     found = {c.name: c for c in TARGETS["onnxruntime"]().capabilities()}
     assert found["verify"].available
     assert ort.__version__ in found["verify"].detail
+
+
+def test_a_node_in_a_function_is_looked_at_too() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 23, "ours" : 1]> g (float[3] x) => (float[3] y) { y = ours.Twice(x) }
+        <domain: "ours", opset_import: ["" : 23, "acme" : 1]> Twice (x) => (y) { y = acme.Frobnicate(x) }"""
+    )
+    assert [str(r).split(" has")[0] for r in unsupported(model)] == ["operator acme::Frobnicate"]
+
+
+SSM_OPS = ("onnx27", "plugin", "decomposed")
+
+
+@pytest.mark.parametrize(("ssm_op", "precision"), [("plugin", "fp32"), ("plugin", "fp16"), ("decomposed", "fp16"), ("onnx27", "fp16")])
+def test_a_model_with_scans_is_verified_in_every_form(ssm_op: str, precision: str, tmp_path: Path) -> None:
+    result = pipeline.export(
+        "diffussm-tiny",
+        "onnxruntime",
+        tmp_path / "bundle",
+        precision=precision,
+        settings={"depth": 1},
+        options={"ssm_op": ssm_op, "threads": 1},
+    )
+    assert {stage.verdict for stage in result.manifest.stages} == {"verified"}
+    model = ir.load(tmp_path / "bundle" / "model.onnx")
+    domains = {node.domain for node in model.graph.all_nodes()}
+    types = [node.op_type for node in model.graph.all_nodes()]
+    if ssm_op == "plugin":
+        assert domains == {"", "isthmus"}
+        assert sorted(name for _, name, _ in model.functions) == ["CausalConv1d", "SelectiveScan"]
+        scan = next(node for node in model.graph if node.op_type == "SelectiveScan")
+        half = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
+        # u, delta, A, B, C, D, delta_bias, initial_state: no cast around the node, and none of what it sums with.
+        narrow = [half, half, ir.DataType.FLOAT, half, half, *[ir.DataType.FLOAT] * 3]
+        assert [value.dtype for value in scan.inputs if value is not None] == narrow
+        assert [value.dtype for value in scan.outputs] == [half, ir.DataType.FLOAT]
+        return
+    assert domains == {""}
+    assert not model.functions
+    assert types.count("LinearAttention" if ssm_op == "onnx27" else "Scan") == 2
+    assert types.count("CausalConvWithState" if ssm_op == "onnx27" else "Conv") == 2
+    assert model.opset_imports[""] == (27 if ssm_op == "onnx27" else 23)
+
+
+def one(name: str, opset: int = 23, **attributes: object) -> ir.Model:
+    op = OPS[name]
+    return one_node(op, op.forms[0], op.resolve(attributes), ir.DataType.FLOAT, static={"channels": 4, "width": 3, "state": 4}, opset=opset)
+
+
+def test_what_the_standard_lacks_is_refused_with_every_reason() -> None:
+    assert [str(r) for r in without_standard_operator(one("rwkv7", num_heads=2))] == [
+        "rwkv7 has no standard operator in opset 27: no update rule of the standard LinearAttention has a removal key apart from the "
+        "write key (fix: choose --ssm-op plugin or decomposed)"
+    ]
+    assert not without_standard_operator(one("causal_conv1d"))
+    dynamic = one_node(OPS["causal_conv1d"], OPS["causal_conv1d"].forms[0], {"silu": True}, ir.DataType.FLOAT)
+    assert "static number of channels only" in str(without_standard_operator(dynamic)[0])
+    assert not without_standard_operator(one("selective_scan"))
+    assert not without_standard_operator(ir.from_onnx_text(ADD))
+
+
+def test_a_refusal_ends_the_export(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    class Mixer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            OPS["rwkv7"].part("torch")
+            y: torch.Tensor = torch.ops.isthmus.rwkv7(x, -x.abs(), x, x, x, x, num_heads=2)[0]
+            return y
+
+    with pytest.raises(UnsupportedError, match="removal key apart") as caught:
+        pipeline.export((Mixer(), (torch.randn(1, 3, 8),)), "onnxruntime", tmp_path / "bundle", options={"ssm_op": "onnx27"})
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_onnx_runtime_still_refuses_the_standard_convolution_of_dynamic_channels() -> None:
+    """When this fails, drop the reason for it in targets/onnxruntime/support.py."""
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 27]> g (float[B,C,L] x, float[C,1,3] w) => (float[B,C,L] y, float[B,C,2] s)
+        { y, s = CausalConvWithState(x, w) }"""
+    )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    with pytest.raises(Exception, match="CausalConvWithState"):
+        ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("ssm_op", SSM_OPS)
+def test_a_model_without_our_operators_is_left_as_it_is(ssm_op: str) -> None:
+    model = ir.from_onnx_text(ADD)
+    before = str(model)
+    assert write_ssm_op(model, ssm_op) == []  # type: ignore[arg-type]
+    assert str(model) == before
+
+
+def test_a_file_for_onnx_runtime_has_its_own_operators_as_bodies() -> None:
+    op = OPS["linear_attention"]
+    rng = np.random.Generator(np.random.PCG64(0))
+    inputs = {name: rng.standard_normal((2, 5, 8)).astype(np.float32) for name in ("q", "k", "v")}
+    form, attributes, _ = node_of(op, inputs, {"q_num_heads": 2, "kv_num_heads": 2, "update_rule": "linear"})
+    model = one_node(op, form, attributes, ir.DataType.FLOAT)
+    (plain,) = model.functions.values()
+    assert "Scan" in [node.op_type for node in plain]
+    write_ssm_op(model, "plugin")
+    (body,) = model.functions.values()
+    assert [(node.domain, node.op_type) for node in body if node.domain] == [("com.microsoft", "LinearAttention")]
+    assert model.opset_imports["com.microsoft"] == 1

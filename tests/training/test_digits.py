@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from training import digits, judge
 from training.data import digits as load_digits
-from training.scan import sequential_selective_scan
+from training.scan import differentiable_convolution, sequential_scan
 
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.weights import load_weights
-from isthmus.models.diffussm import selective_scan
+from isthmus.models.diffussm import causal_convolution, scan
 
 TRAINED = ("dit-digits", "sana-digits", "diffussm-digits")
 
@@ -104,21 +104,28 @@ def test_the_seed_decides(name, tmp_path, capsys):
 def scan_inputs(dtype, length=9):
     g = torch.Generator().manual_seed(0)
     u, B, C = (torch.randn(2, length, n, generator=g, dtype=dtype) for n in (4, 3, 3))
-    delta = torch.rand(2, length, 4, generator=g, dtype=dtype)
+    delta = torch.randn(2, length, 4, generator=g, dtype=dtype)
     A, D = -torch.rand(4, 3, generator=g, dtype=dtype), torch.randn(4, generator=g, dtype=dtype)
-    return [x.requires_grad_() for x in (u, delta, A, B, C, D)]
+    return [x.requires_grad_() for x in (u, delta, A, B, C, D, torch.randn(4, generator=g, dtype=dtype))]
 
 
-def test_the_scan_of_training_is_the_scan_of_the_model():
-    ours, reference = scan_inputs(torch.float32, 64), scan_inputs(torch.float32, 64)
-    y, expected = sequential_selective_scan(*ours), selective_scan(*reference)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    (y * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for a, b in zip(ours, reference, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_scan_of_training_is_the_scan_of_the_model(reverse):
+    inputs = scan_inputs(torch.float32, 64)
+    with torch.no_grad():
+        expected = scan(*inputs, reverse=reverse)
+    torch.testing.assert_close(sequential_scan(*inputs, reverse=reverse), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_gradient_of_the_scan():
-    assert torch.autograd.gradcheck(sequential_selective_scan, scan_inputs(torch.float64))
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_gradient_of_the_scan(reverse):
+    assert torch.autograd.gradcheck(lambda *inputs: sequential_scan(*inputs, reverse=reverse), scan_inputs(torch.float64))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_convolution_of_training_is_the_convolution_of_the_model(carried):
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=g) for shape in ((2, 5, 9), (5, 1, 4), (5,)))
+    state = torch.randn(2, 5, 3, generator=g) if carried else None
+    expected = causal_convolution(x, weight, bias, initial_state=state)
+    torch.testing.assert_close(differentiable_convolution(x, weight, bias, initial_state=state), expected)

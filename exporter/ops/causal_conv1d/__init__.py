@@ -34,11 +34,11 @@ class CausalConv1d(CustomOp):
     attributes: ClassVar[tuple[Attribute, ...]] = (Attribute("silu", bool, False),)
     forms: ClassVar[tuple[Form, ...]] = (Form("CausalConv1d", ("x", "weight", "bias", "initial_state")),)
 
-    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:  # noqa: ARG002
+    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:
         """With a width of 1 there is no carry, and an empty tensor is nothing that the targets take."""
         if sizes["width"] < 2:
             yield Reason(f"has width {sizes['width']}, expected at least 2", where="weight", fix="multiply by the weight instead")
 
-    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:  # noqa: ARG002
+    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:
         """There is one."""
         return self.forms[0]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...op import OPS
+from ..native.torch_hook import with_native
 from ..torch_library import define, wide
 
 
@@ -25,7 +26,7 @@ def _compute(inputs: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[Ten
     return y.to(x.dtype), padded[:, :, x.shape[2] :].clone()
 
 
-causal_conv1d = define(OPS["causal_conv1d"], _compute)
+causal_conv1d = define(OPS["causal_conv1d"], with_native(OPS["causal_conv1d"], _compute))
 """`torch.ops.isthmus.causal_conv1d`; arguments, shapes and formulas as in the operator's schema."""
 
 

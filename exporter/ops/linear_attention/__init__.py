@@ -33,7 +33,10 @@ _PLAIN = ("q", "k", "v", "initial_state")
 
 @register_op("linear_attention", summary="causal linear attention: linear, gated, delta and gated delta rules, grouped heads")
 class LinearAttention(CustomOp):
-    """See the module's text. The initial state is zeros in the node when it is not given."""
+    """See the module's text. The initial state is zeros in the node when it is not given.
+
+    No form is called `LinearAttention`: TensorRT's parser takes a node of that name for the standard's, whatever its domain is.
+    """
 
     inputs: ClassVar[tuple[Argument, ...]] = (
         Argument("q", ("batch", "length", "q_num_heads*key")),
@@ -54,7 +57,7 @@ class LinearAttention(CustomOp):
         Attribute("scale", float, 0.0),
     )
     forms: ClassVar[tuple[Form, ...]] = (
-        Form("LinearAttention", _PLAIN, {"update_rule": "linear"}),
+        Form("PlainLinearAttention", _PLAIN, {"update_rule": "linear"}),
         Form("GatedLinearAttention", (*_PLAIN, "decay"), {"update_rule": "gated"}),
         Form("DeltaLinearAttention", (*_PLAIN, "beta"), {"update_rule": "delta"}),
         Form("GatedDeltaLinearAttention", (*_PLAIN, "decay", "beta"), {"update_rule": "gated_delta"}),
@@ -80,6 +83,6 @@ class LinearAttention(CustomOp):
         if "beta" in given and sizes["betas"] not in (1, sizes["kv_num_heads"]):
             yield Reason(f"has {sizes['betas']} on axis 2, expected 1 or {sizes['kv_num_heads']}", where="beta")
 
-    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:  # noqa: ARG002
+    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:
         """One for each rule."""
         return self.forms[RULES.index(attributes["update_rule"])]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...op import OPS
+from ..native.torch_hook import with_native
 from ..recurrence import chunked
 from ..torch_library import define, split, wide
 
@@ -34,7 +35,7 @@ def _compute(inputs: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[Ten
     return y.to(inputs["q"].dtype).contiguous(), last.contiguous()
 
 
-linear_attention = define(OPS["linear_attention"], _compute)
+linear_attention = define(OPS["linear_attention"], with_native(OPS["linear_attention"], _compute))
 """`torch.ops.isthmus.linear_attention`; arguments, shapes and formulas as in the operator's schema."""
 
 

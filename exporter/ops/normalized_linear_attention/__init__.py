@@ -35,11 +35,11 @@ class NormalizedLinearAttention(CustomOp):
         """The number of heads."""
         return {"num_heads": attributes["num_heads"]}
 
-    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:  # noqa: ARG002
+    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:
         """A negative epsilon could make the normaliser zero."""
         if not attributes["eps"] >= 0.0:
             yield Reason(f"got {attributes['eps']}, expected a number of at least 0", where="eps")
 
-    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:  # noqa: ARG002
+    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:
         """There is one."""
         return self.forms[0]

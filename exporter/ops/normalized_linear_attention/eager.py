@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...op import OPS
+from ..native.torch_hook import with_native
 from ..torch_library import define, split, wide
 
 
@@ -19,5 +20,5 @@ def _compute(inputs: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[Ten
     return (y.transpose(1, 2).flatten(2).to(inputs["q"].dtype).contiguous(),)
 
 
-normalized_linear_attention = define(OPS["normalized_linear_attention"], _compute)
+normalized_linear_attention = define(OPS["normalized_linear_attention"], with_native(OPS["normalized_linear_attention"], _compute))
 """`torch.ops.isthmus.normalized_linear_attention`; arguments, shapes and formulas as in the operator's schema."""

@@ -46,10 +46,10 @@ class RWKV7(CustomOp):
         """The number of heads."""
         return {"num_heads": attributes["num_heads"]}
 
-    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:  # noqa: ARG002
+    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:
         """None beyond the shapes."""
         return iter(())
 
-    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:  # noqa: ARG002
+    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:
         """There is one."""
         return self.forms[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...op import OPS
+from ..native.torch_hook import with_native
 from ..recurrence import chunked
 from ..torch_library import define, split, wide
 
@@ -21,7 +22,7 @@ def _compute(inputs: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[Ten
     return y.squeeze(2).transpose(1, 2).flatten(2).to(inputs["r"].dtype).contiguous(), last.contiguous()
 
 
-rwkv7 = define(OPS["rwkv7"], _compute)
+rwkv7 = define(OPS["rwkv7"], with_native(OPS["rwkv7"], _compute))
 """`torch.ops.isthmus.rwkv7`; arguments, shapes and formulas as in the operator's schema."""
 
 

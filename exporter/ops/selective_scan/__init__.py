@@ -48,11 +48,11 @@ class SelectiveScan(CustomOp):
     attributes: ClassVar[tuple[Attribute, ...]] = (Attribute("delta_softplus", bool, False), Attribute("reverse", bool, False))
     forms: ClassVar[tuple[Form, ...]] = (Form("SelectiveScan", _PLAIN), Form("GatedSelectiveScan", (*_PLAIN, "z")))
 
-    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:  # noqa: ARG002
+    def constraints(self, sizes: Mapping[str, int], given: frozenset[str], attributes: Mapping[str, Any]) -> Iterator[Reason]:
         """Each group serves as many channels as every other."""
         if sizes["channels"] % sizes["groups"]:
             yield Reason(f"has {sizes['groups']} groups of {sizes['state']}, which do not divide {sizes['channels']} channels", where="B")
 
-    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:  # noqa: ARG002
+    def form(self, given: frozenset[str], attributes: Mapping[str, Any]) -> Form:
         """With or without the gate."""
         return self.forms["z" in given]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...op import OPS
+from ..native.torch_hook import with_native
 from ..torch_library import define, split, wide
 
 _CHUNK = 64
@@ -68,7 +69,7 @@ def _spread(x: Tensor, groups: int, channels: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(channels // groups, dim=-2)
 
 
-selective_scan = define(OPS["selective_scan"], _compute)
+selective_scan = define(OPS["selective_scan"], with_native(OPS["selective_scan"], _compute))
 """`torch.ops.isthmus.selective_scan`; arguments, shapes and formulas as in the operator's schema."""
 
 

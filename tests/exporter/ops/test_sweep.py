@@ -5,26 +5,6 @@ import pytest
 from isthmus.exporter.errors import IsthmusError
 from isthmus.exporter.op import OPS, PARTS
 
-# Parts that do not exist yet: a strict xfail each, so that a part that is written has to be taken from here.
-_ALL = frozenset(OPS)
-NOT_YET = {
-    "onnx": _ALL,
-    "onnx27": _ALL - {"normalized_linear_attention", "rwkv7"},
-    "onnxruntime": _ALL,
-    "gpu": _ALL,
-    "tensorrt": _ALL,
-    "tensorrt-quick": _ALL,
-    "coreml": _ALL,
-    "coreai": _ALL,
-}
-
-
-def _marks(part: str, name: str | None = None) -> list[pytest.MarkDecorator]:
-    missing = NOT_YET.get(part, frozenset())
-    absent = name in missing if name else all(n in missing or part in OPS[n].lacks for n in OPS)
-    return [pytest.mark.xfail(strict=True, reason="not written yet")] if absent else []
-
-
 def test_the_implementation_agrees_with_the_reference(swept, sweep):
     name, implementation, case, dtype = swept
     module = sweep.implementations()[implementation]
@@ -34,7 +14,7 @@ def test_the_implementation_agrees_with_the_reference(swept, sweep):
     sweep.check(OPS[name], module.run(OPS[name], dict(inputs), attributes), reference, dtype, module.ARITHMETIC)
 
 
-@pytest.mark.parametrize(("name", "part"), [pytest.param(n, p, marks=_marks(p, n)) for n in OPS for p in PARTS])
+@pytest.mark.parametrize(("name", "part"), [(n, p) for n in OPS for p in PARTS])
 def test_every_part_is_there_or_cannot_be(name, part):
     op = OPS[name]
     assert op.has(part) != (part in op.lacks), f"{op.folder / PARTS[part].file}"
@@ -43,7 +23,7 @@ def test_every_part_is_there_or_cannot_be(name, part):
             op.part(part)
 
 
-@pytest.mark.parametrize("part", [pytest.param(p, marks=_marks(p)) for p in PARTS if p not in ("reference", "cases")])
+@pytest.mark.parametrize("part", [p for p in PARTS if p not in ("reference", "cases")])
 def test_every_part_is_executed(part, sweep):
     assert any(part == module.PART for module in sweep.implementations().values())
 

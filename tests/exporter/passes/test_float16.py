@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from isthmus.exporter.ops.onnx_forms import add_functions, custom_nodes
 from isthmus.exporter.passes.float16 import PRECISION, ToFloat16
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
@@ -155,3 +157,48 @@ def test_resize_keeps_its_scales_in_float32() -> None:
     assert model.graph.initializers["s"].const_value.dtype == ir.DataType.FLOAT
     x = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
     np.testing.assert_array_equal(run(model, x), run(before, x))
+
+
+def test_a_node_of_ours_takes_float16_activations_and_keeps_float32_states() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((8, 8), dtype=np.float32) / 3
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 23, "isthmus" : 1]>
+        g (float[2,5,8] x, float[8,8] w, float[2,2,4,4] s) => (float[2,5,8] y, float[2,2,4,4] l) {
+            q = MatMul(x, w)
+            h, l = isthmus.PlainLinearAttention <q_num_heads: int = 2, kv_num_heads: int = 2, scale: float = 0.5> (q, q, q, s)
+            y = MatMul(h, w)
+        }"""
+    )
+    weight = model.graph.inputs.pop(1)
+    weight.const_value = ir.tensor(w, name="w")
+    model.graph.register_initializer(weight)
+    for node in model.graph:
+        for value in node.outputs:
+            value.dtype = ir.DataType.FLOAT
+    add_functions(model)
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in ((2, 5, 8), (2, 2, 4, 4))]
+    before = run(model, *inputs)
+    ToFloat16()(model)
+    assert [n.op_type for n in model.graph] == ["Cast", "MatMul", "PlainLinearAttention", "MatMul", "Cast"]
+    (node,) = custom_nodes(model)
+    assert [v.dtype for v in (*node.inputs, *node.outputs) if v is not None] == [
+        *[ir.DataType.FLOAT16] * 3,
+        ir.DataType.FLOAT,
+        ir.DataType.FLOAT16,
+        ir.DataType.FLOAT,
+    ]
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    np.testing.assert_allclose(run(model, *inputs), before, atol=2e-2)
+
+
+def test_a_node_of_ours_stays_in_float32_where_its_module_leaves_the_range() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 23, "isthmus" : 1]> g (float[2,5,8] q) => (float[2,5,8] y) {
+            y = isthmus.NormalizedLinearAttention <num_heads: int = 2, eps: float = 1e-15> (q, q, q)
+        }"""
+    )
+    model.graph[0].metadata_props["isthmus.module"] = "blocks.1"
+    ToFloat16(keep_modules=["blocks.1"])(model)
+    assert [n.op_type for n in model.graph] == ["NormalizedLinearAttention"]
+    assert single(model) == ["NormalizedLinearAttention"]

@@ -1,8 +1,10 @@
-"""The torch operator on the CPU."""
+"""The torch operator on the CPU, in its torch form, which is used where the native library is not built."""
 
 import ml_dtypes
 import numpy as np
 import torch
+
+from isthmus.exporter.ops.native.torch_hook import native_kernels
 
 PART = "torch"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -19,6 +21,7 @@ def _array(x: torch.Tensor) -> np.ndarray:
 
 def run(op, inputs, attributes):
     op.part("torch")
-    results = getattr(torch.ops.isthmus, op.name)(**{n: _tensor(x) for n, x in inputs.items()}, **attributes)
+    with native_kernels(False):
+        results = getattr(torch.ops.isthmus, op.name)(**{n: _tensor(x) for n, x in inputs.items()}, **attributes)
     results = results if isinstance(results, tuple) else (results,)
     return {a.name: _array(x) for a, x in zip(op.outputs, results, strict=True)}

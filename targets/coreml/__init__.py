@@ -1,0 +1,1 @@
+"""Core ML: ML Programs for Apple's devices."""
