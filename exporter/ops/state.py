@@ -6,6 +6,7 @@ Nothing heavy is imported: packages are looked for, and native libraries on the 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +82,7 @@ def _tensorrt_quick() -> PartState:
     return _packages(("triton",), PartState("simulated", what), "kernels")
 
 
-_PROBES = {
+_PROBES: dict[str, Callable[[], PartState]] = {
     "torch": lambda: _packages(("torch",), PartState("runs", "torch")),
     "onnx": lambda: _packages(("onnxruntime",), PartState("runs", "onnxruntime"), "cpu"),
     "onnx27": lambda: _packages(("onnxruntime",), PartState("runs", "onnxruntime"), "cpu"),

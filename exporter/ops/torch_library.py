@@ -53,7 +53,9 @@ def define(op: CustomOp, compute: Compute) -> Callable[..., Any]:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def backward(*_: Any) -> Any:
-        raise UsageError(f"{DOMAIN}::{op.name} has no gradient", hint="train with a form in plain torch operators, and export with this one")
+        raise UsageError(
+            f"{DOMAIN}::{op.name} has no gradient", hint="train with a form in plain torch operators, and export with this one"
+        )
 
     _LIBRARY.impl(op.name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{DOMAIN}::{op.name}", fake, lib=_LIBRARY)

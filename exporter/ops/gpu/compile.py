@@ -198,7 +198,8 @@ def _facts(name: str, architecture: str, warps: int, shared: int, ptx: str, cubi
 
 def opcodes(compiled: Compiled) -> dict[str, int]:
     """How often each of `OPCODES` that is there occurs in the machine code. The disassembler takes longer than the compiler, so it is asked
-    only here."""
+    only here.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.cubin)

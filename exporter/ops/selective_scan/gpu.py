@@ -343,10 +343,13 @@ def _plans(name: str, form: str, dtype: str, fits: str, size: int, parts: int, m
             # As many as fill the GPU, of 32 tokens at least; even, because the loop is unrolled by two.
             "chunk": f"2 * cdiv(length, 2 * max(1, min(cdiv({WARPS}, batch * {blocks}), length // 32)))",
             "chunks": "cdiv(length, chunk)",
+            # TensorRT asks for the workspace once, for the largest sizes of a range. The chunks of a smaller batch or length may be more
+            # than theirs; this bound of batch * chunks grows with both.
+            "rows_most": f"min(cdiv({WARPS}, {blocks}) + batch, batch * max(1, length // 32))",
         },
         workspace=(
-            Workspace("ends", "float32", ("batch", "chunks", "state", "channels")),
-            Workspace("sums", "float32", ("batch", "chunks", "channels")),
+            Workspace("ends", "float32", ("rows_most", "state", "channels")),
+            Workspace("sums", "float32", ("rows_most", "channels")),
         ),
         fits=fits,
     )

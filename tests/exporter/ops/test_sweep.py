@@ -5,6 +5,7 @@ import pytest
 from isthmus.exporter.errors import IsthmusError
 from isthmus.exporter.op import OPS, PARTS
 
+
 def test_the_implementation_agrees_with_the_reference(swept, sweep):
     name, implementation, case, dtype = swept
     module = sweep.implementations()[implementation]
