@@ -99,6 +99,28 @@ def test_lists_are_plain_lines_without_a_terminal(child):
         assert any(line.split()[0] == name and MODELS.entry(name).summary in line for line in lines)
 
 
+def test_list_ops_has_the_state_of_every_part(run):
+    from isthmus.exporter.op import OPS, PARTS
+    from isthmus.exporter.ops.state import MEANINGS
+
+    operators = {o["name"]: o for o in json.loads(run("list", "ops", "--format", "json").stdout)["ops"]}
+    assert set(operators) == set(OPS)
+    for name, o in operators.items():
+        assert o["nodes"] == [f"isthmus::{form.op_type}" for form in OPS[name].forms]
+        assert list(o["parts"]) == list(PARTS)
+        for part, state in o["parts"].items():
+            assert state["state"] in MEANINGS
+            assert (state["state"] == "none") == (part in OPS[name].lacks)
+            assert state["detail"]
+            assert (state["state"] == "missing") == bool(state["fix"])
+    lines = run("list", "ops").stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line and line.split()[0] in PARTS}
+    assert set(rows) == set(PARTS)
+    assert "onnx27 of rwkv7: no update rule of the standard LinearAttention has a removal key apart from the write key" in "\n".join(
+        line.replace("normalized_linear_attention, ", "") for line in lines
+    )
+
+
 def test_doctor_names_versions_and_capabilities(run):
     result = run("doctor", "--format", "json")
     assert result.exit_code == 0

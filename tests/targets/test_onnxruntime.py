@@ -13,6 +13,8 @@ import pytest
 from isthmus import pipeline
 from isthmus.exporter.errors import IsthmusError, MachineError, UnsupportedError
 from isthmus.exporter.op import OPS
+from isthmus.exporter.ops import native
+from isthmus.exporter.ops.native import torch_hook
 from isthmus.exporter.ops.onnx_models import node_of, one_node
 from isthmus.exporter.passes.expand_attention_mask import ExpandAttentionMask
 from isthmus.exporter.target import TARGETS
@@ -145,7 +147,15 @@ def test_a_model_with_scans_is_verified_in_every_form(ssm_op: str, precision: st
         settings={"depth": 1},
         options={"ssm_op": ssm_op, "threads": 1},
     )
-    assert {stage.verdict for stage in result.manifest.stages} == {"verified"}
+    stages = {stage.name: stage for stage in result.manifest.stages}
+    kernels = stages.pop("native", None)
+    assert {stage.verdict for stage in stages.values()} == {"verified"}
+    assert stages["onnx"].device == "CPUExecutionProvider"
+    assert (kernels is not None) == (ssm_op == "plugin")
+    if kernels is not None:
+        library = native.library()
+        assert kernels.verdict == ("verified" if library else "not run")
+        assert kernels.device == (f"CPUExecutionProvider with {library.name}" if library else "")
     model = ir.load(tmp_path / "bundle" / "model.onnx")
     domains = {node.domain for node in model.graph.all_nodes()}
     types = [node.op_type for node in model.graph.all_nodes()]
@@ -164,6 +174,15 @@ def test_a_model_with_scans_is_verified_in_every_form(ssm_op: str, precision: st
     assert types.count("LinearAttention" if ssm_op == "onnx27" else "Scan") == 2
     assert types.count("CausalConvWithState" if ssm_op == "onnx27" else "Conv") == 2
     assert model.opset_imports[""] == (27 if ssm_op == "onnx27" else 23)
+
+
+def test_the_reference_is_not_computed_by_the_kernels_that_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used() -> None:
+        raise AssertionError("the native library computed a reference")
+
+    monkeypatch.setattr(torch_hook, "_library", used)
+    result = pipeline.export("diffussm-tiny", "onnxruntime", tmp_path / "bundle", precision="fp16", settings={"depth": 1})
+    assert result.exit_code == 0
 
 
 def one(name: str, opset: int = 23, **attributes: object) -> ir.Model:

@@ -133,3 +133,14 @@ def test_signatures():
 )
 def test_wide(dtype, expected):
     assert wide(dtype) is expected
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_gradient_is_refused_and_not_lost(name, sweep):
+    inputs, attributes, _ = sweep.prepared(name, CASES[name][0], "float32")
+    tensors = _tensors(inputs)
+    tensors[next(iter(tensors))].requires_grad_()
+    results = getattr(torch.ops.isthmus, name)(**tensors, **attributes)
+    y = results[0] if isinstance(results, tuple) else results
+    with pytest.raises(UsageError, match=f"isthmus::{name} has no gradient"):
+        y.sum().backward()
