@@ -71,7 +71,7 @@ def _tensorrt() -> PartState:
     from .plugin.build import state
 
     available, detail, fix = state()
-    return PartState("simulated", detail) if available else PartState("missing", detail, fix)
+    return _packages(("triton",), PartState("simulated", detail), "kernels") if available else PartState("missing", detail, fix)
 
 
 def _tensorrt_quick() -> PartState:
