@@ -67,7 +67,7 @@ def cases_of_example(
     if reasons:
         raise IsthmusError("the example inputs cannot be used", reasons=reasons)
     rng = np.random.Generator(np.random.PCG64(seed + 1))
-    cases = {"example": example, "second": {name: _redraw(tensor, rng) for name, tensor in example.items()}}
+    cases = {"example": example, "second": draw_inputs(example, rng)}
     if dynamic:
         cases["resized"] = {name: _resize(tensor, dynamic.get(name, {}), ranges) for name, tensor in example.items()}
     return cases
@@ -86,6 +86,11 @@ def _other(size: int, allowed: SizeRange, before: int) -> int:
     if before % 2:
         return size
     return allowed.min if allowed.min != size else allowed.max
+
+
+def draw_inputs(example: Case, rng: np.random.Generator) -> Case:
+    """Other inputs of a module that isthmus does not know, drawn from what its example shows; see `cases_of_example`."""
+    return {name: _redraw(tensor, rng) for name, tensor in example.items()}
 
 
 def _redraw(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Manifest, OutputMetrics, Verdict, read_manifest
+from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Manifest, OutputMetrics, Verdict, read_manifest, write_text
 from ..exporter.errors import IntegrityError
 from ..exporter.spec import Samples, Tolerance
 from .figures import amplification, write_png
@@ -148,11 +148,38 @@ def write_report(folder: Path, manifest: Manifest, *, pictures: Pictures | None 
         facts=rest,
         file_sizes=_file_sizes(folder),
     )
+    _write(folder, report)
+
+
+def _write(folder: Path, report: Report) -> None:
     # `fallback` so that a figure of an unforeseen type (a Path, a numpy scalar) is shown, and does not lose the whole report.
     text = report.model_dump_json(by_alias=True, indent=2, exclude={"files"}, fallback=str)
-    (folder / JSON).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / JSON, text + "\n")
     # Of what was read back: the page is then the one that `render` makes.
-    (folder / HTML).write_text(_page(folder, _read(folder)), encoding="utf-8")
+    write_text(folder / HTML, _page(folder, _read(folder)))
+
+
+def rewrite_report(folder: Path, manifest: Manifest, *, notes: Sequence[str] = ()) -> None:
+    """Writes both files again for a manifest that says more by now; pictures, warnings, notes and facts stay, notes may come to them.
+
+    Args:
+        folder: The bundle's folder, writable.
+        manifest: The new manifest, which need not be written yet.
+        notes: Further sentences.
+
+    Raises:
+        IntegrityError: `report.json` or a picture is missing, damaged, or not what this version writes.
+    """
+    old = _read(folder)
+    report = _report(
+        manifest,
+        pictures=old.pictures,
+        warnings=old.warnings,
+        notes=(*old.notes, *(n for n in notes if n not in old.notes)),
+        facts=old.facts,
+        file_sizes=_file_sizes(folder),
+    )
+    _write(folder, report)
 
 
 def render(folder: Path) -> str:

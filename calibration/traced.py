@@ -8,7 +8,7 @@ import torch
 
 from ..exporter.bundle import StageResult
 from ..exporter.errors import Reason, UnsupportedError
-from ..exporter.passes.float16 import overflowing
+from ..exporter.passes.half_precision import overflowing
 from ..exporter.spec import Arrays, Tolerance
 from .half import module_peaks, run_rounded
 from .metrics import DEFAULT_TOLERANCES

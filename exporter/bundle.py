@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -41,6 +41,9 @@ OUTPUTS = "reference/outputs.npz"
 Verdict = Literal["verified", "built", "lowered", "blocked", "failed", "not run"]
 """What may be claimed of a stage: executed here and within tolerance; accepted by the vendor's compiler here; static checks only;
 could not be executed although it should (see the reason); executed here and outside tolerance; and not run at all."""
+
+_LINKED = 2**20
+"""Bytes from which on `rewriting` links a file."""
 
 _WEAKEST_FIRST: tuple[Verdict, ...] = ("failed", "blocked", "lowered", "built", "verified")
 
@@ -288,6 +291,30 @@ def writing(destination: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def rewriting(bundle: Path) -> Iterator[Path]:
+    """Gives a copy of a bundle to change, and puts it in the bundle's place when the block ends well.
+
+    Large files are not copied but linked: they may be replaced in the copy, and not written to.
+
+    Raises:
+        IsthmusError: See `writing`.
+    """
+    with writing(bundle, force=True) as folder:
+        for path in sorted(bundle.rglob("*")):
+            to = folder / path.relative_to(bundle)
+            if path.is_dir():
+                to.mkdir()
+            elif path.stat().st_size < _LINKED:
+                shutil.copy2(path, to)
+            else:
+                try:
+                    os.link(path, to)
+                except OSError:  # a file system without links
+                    shutil.copy2(path, to)
+        yield folder
+
+
 def _hidden(destination: Path, pid: int | str, what: str) -> str:
     # The name is cut, so that a long one leaves room for the rest: most file systems end at 255 bytes.
     return f".{destination.name[:48]}.{pid}.{what}"
@@ -313,8 +340,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Hashes every file of `folder` and writes `manifest.json`, the last file of a bundle. Returns the manifest with the hashes."""
     files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
     complete = manifest.model_copy(update={"files": files})
-    (folder / MANIFEST).write_text(complete.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, complete.model_dump_json(by_alias=True, indent=2) + "\n")
     return complete
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text into a bundle that is being written; what was at the path may be a link to another bundle's file."""
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def replace_file(folder: Path, manifest: Manifest, name: str, content: bytes) -> Manifest:
@@ -365,8 +398,13 @@ def inside(folder: Path, name: str) -> Path | None:
     return path
 
 
-def check_integrity(folder: Path, manifest: Manifest) -> None:
+def check_integrity(folder: Path, manifest: Manifest, *, trusted: Collection[str] = ()) -> None:
     """Compares every file of the bundle with its manifest.
+
+    Args:
+        folder: The bundle's folder.
+        manifest: Its manifest.
+        trusted: Names of files that the caller takes as they are, whatever the manifest says of them.
 
     Raises:
         IntegrityError: Files are changed, missing or additional, or a path leads out of the bundle; all are listed.
@@ -378,10 +416,10 @@ def check_integrity(folder: Path, manifest: Manifest) -> None:
             reasons.append(Reason("the path leads out of the bundle", where=name))
         elif not path.is_file():
             reasons.append(Reason("the file is missing", where=name))
-        elif (got := sha256_of(path)) != expected:
+        elif name not in trusted and (got := sha256_of(path)) != expected:
             reasons.append(Reason(f"sha256 is {got}, expected {expected}", where=name))
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    reasons += [Reason("the file is not in the manifest", where=name) for name in sorted(present - set(manifest.files))]
+    reasons += [Reason("the file is not in the manifest", where=name) for name in sorted(present - set(manifest.files) - set(trusted))]
     if reasons:
         raise IntegrityError(f"the bundle {folder} is not what its manifest says", reasons=reasons, hint="export again, or copy it again")
 

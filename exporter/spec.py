@@ -11,7 +11,7 @@ settings to `ModelSpec`, decorated once for each size::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -119,6 +119,19 @@ class Sampler(Protocol):
         Args:
             step: One call of the model: inputs by name to outputs by name. Called with the sizes named in the ModelSpec.
             rng: The only source of randomness.
+        """
+        ...
+
+    def calibration_inputs(
+        self, step: Callable[[Arrays], Arrays], rng: np.random.Generator, *, size: int, batch: int
+    ) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        """The inputs that the model sees while it draws pictures, `size` sets of `batch` rows that cover the whole trajectory.
+
+        Args:
+            step: One call of the reference model.
+            rng: The only source of randomness.
+            size: Number of sets.
+            batch: Rows of each.
         """
         ...
 

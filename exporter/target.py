@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from pydantic import BaseModel
 
 from .errors import Reason
+from .ranges import Calibration
 from .registry import Registry
 from .runner import Runner
+from .spec import SizeRange
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from .bundle import Manifest
+    from .bundle import Manifest, StageResult
 
 O = TypeVar("O", bound=BaseModel)  # noqa: E741 - the options of a target
 
@@ -54,6 +56,8 @@ class Job(Generic[O]):
         precision: One of the target's `precisions`.
         options: The target's own options.
         peaks: Module path to the largest |value| that the module computed on the example inputs; empty in fp32.
+        sizes: The range of each named size that occurs in the shapes of the graph's inputs.
+        calibration: What was observed on calibration data; None where the precision needs none.
     """
 
     program: torch.export.ExportedProgram
@@ -61,6 +65,8 @@ class Job(Generic[O]):
     precision: str
     options: O
     peaks: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, SizeRange] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,24 @@ class Lowered:
     """
 
     device: str
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build made of a lowered artifact.
+
+    Attributes:
+        stage: The result: `built`; `blocked` when the vendor's compiler refuses the artifact, or made something else than was asked for;
+            `lowered` when it was not tried because this machine cannot.
+        device: What the artifact is for now, in words; empty when that is as it was.
+        notes: Facts for the report, in sentences.
+        details: Figures for the manifest, JSON values only.
+    """
+
+    stage: StageResult
+    device: str = ""
     notes: tuple[str, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
 
@@ -103,12 +127,14 @@ class Target(ABC, Generic[O]):
         summary: One line for people.
         precisions: What `--precision` may ask for; the first is the default.
         opsets: The ONNX opsets that the lowering accepts; the first is the default.
+        calibrated: The precisions whose ranges come from calibration data.
         Options: The target's own options, a pydantic model whose fields become command line options.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
+    calibrated: ClassVar[tuple[str, ...]] = ()
     opsets: ClassVar[tuple[int, ...]]
     Options: ClassVar[type[BaseModel]]
 
@@ -136,9 +162,41 @@ class Target(ABC, Generic[O]):
             IsthmusError: Lowering failed.
         """
 
+    def observed(self, job: Job[O]) -> tuple[str, ...]:  # noqa: ARG002 - for those that quantise
+        """The names of the values of `job.model` whose ranges the lowering needs, for the `calibrated` precisions.
+
+        Raises:
+            UsageError: The options do not fit the model.
+        """
+        return ()
+
+    def build(self, folder: Path, manifest: Manifest, *, required: bool) -> Built | None:  # noqa: ARG002 - for those that build
+        """Compiles the lowered artifact in `folder` for its device, and writes the engine beside it; None where there is nothing to build.
+
+        Args:
+            folder: The bundle's folder, writable.
+            manifest: Its manifest.
+            required: The user asked for the build by name; else it is done when this machine can.
+
+        Raises:
+            MachineError: `required`, and this machine lacks the hardware or the toolchain.
+            IsthmusError: The build failed.
+        """
+        return None
+
+    def engines(self, manifest: Manifest) -> tuple[str, ...]:  # noqa: ARG002 - for those that build
+        """The files of a bundle that a compiler makes of it, and that can run code: by name, whether they are there or not."""
+        return ()
+
     @abstractmethod
-    def stages(self, folder: Path, manifest: Manifest) -> list[Stage]:
-        """The stages at which the artifact in `folder` can be executed, in order."""
+    def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:
+        """The stages at which the artifact in `folder` can be executed, in order.
+
+        Args:
+            folder: The bundle's folder.
+            manifest: Its manifest.
+            trust: Execute `engines` that isthmus did not build for this bundle. Never taken from the bundle itself.
+        """
 
 
 TARGETS: Registry[type[Target[BaseModel]]] = Registry("target", "targets", "register_target")

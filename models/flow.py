@@ -101,6 +101,10 @@ class RectifiedFlowSampler:
         images = images[:, 0] if self.shape[0] == 1 else images.transpose(0, 2, 3, 1)
         return Samples(images=images, captions=tuple(self.names[label] for label in self.labels))
 
+    def calibration_inputs(self, step: Step, rng: np.random.Generator, *, size: int, batch: int) -> Iterator[dict[str, Array]]:
+        """The inputs seen on the way, see `trajectory_inputs`."""
+        return trajectory_inputs(self, step, rng, size=size, batch=batch)
+
     def _velocity(self, step: Step, x: Array, time: float) -> Array:
         labels = np.array(self.labels, dtype=np.int64)
         if self.guidance == 1:

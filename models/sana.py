@@ -402,8 +402,16 @@ def spell(labels: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
 def sana_digits(config: SanaConfig) -> ModelSpec:
     """A SANA transformer trained on scikit-learn's digits."""
     spec = sana(config)
+
+    def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        drawn = spec.inputs(rng, sizes)
+        # Captions are words: on random numbers in their place the model computes values that it never sees.
+        words = spell(rng.integers(0, len(DIGIT_NAMES), sizes["batch"]))
+        return {**drawn, "caption": torch.from_numpy(words[:, : sizes["length"]].copy())}
+
     return dataclasses.replace(
         spec,
+        inputs=inputs,
         ranges={**spec.ranges, "batch": SizeRange(1, 40, 64)},
         weights=Path(__file__).parent / "weights" / "sana-digits.safetensors",
         sampler=digits_sampler(lambda labels: {"caption": spell(labels)}),

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isthmus.pipeline import ExportResult, VerifyResult, export, inspect, report, verify
+    from isthmus.pipeline import build, export, inspect, report, verify
+    from isthmus.results import BuildResult, ExportResult, VerifyResult
 
 __version__ = "0.1.0"
-__all__ = ["ExportResult", "VerifyResult", "__version__", "export", "inspect", "report", "verify"]
+__all__ = ["BuildResult", "ExportResult", "VerifyResult", "__version__", "build", "export", "inspect", "report", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 The order::
 
-    model -> trace -> to_onnx -> passes -> target.unsupported -> target.lower -> verify against torch -> bundle
+    model -> trace -> to_onnx -> passes -> target.unsupported -> calibrate -> target.lower -> target.build -> verify against torch -> bundle
 
 Each step returns a new value. The PyTorch module is freed before the artifact is executed, so that two copies of the weights are never
 held at once.
@@ -17,26 +17,27 @@ import gc
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from pydantic import ValidationError
 
-from isthmus.calibration.cases import cases_of_example, cases_of_spec
+from isthmus.calibration.cases import cases_of_example, cases_of_spec, draw_inputs
+from isthmus.calibration.data import RANDOM, CalibrationData, check_size
+from isthmus.calibration.data import calibration_data as read_data
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
-from isthmus.calibration.report import Pictures, render, write_report
+from isthmus.calibration.observe import Observer, check_graph
+from isthmus.calibration.report import Pictures, render, rewrite_report, write_report
 from isthmus.calibration.traced import check_rounded, check_trace
 from isthmus.calibration.verify import SAMPLE_TOLERANCES, module_runner, run_stage, to_array
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo
-from isthmus.exporter.errors import AccuracyError, IntegrityError, IsthmusError, Reason, UnknownNameError, UnsupportedError
+from isthmus.exporter.bundle import Manifest, TensorInfo
+from isthmus.exporter.errors import AccuracyError, IntegrityError, IsthmusError, UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.source import Model, Source, load_source
@@ -44,77 +45,14 @@ from isthmus.exporter.spec import Dynamic, Sampler, Samples, Tolerance
 from isthmus.exporter.target import TARGETS, Job, Target
 from isthmus.exporter.trace import dimension_names, trace
 from isthmus.exporter.weights import nonfinite
+from isthmus.results import BuildResult, ExportResult, Progress, Silent, VerifyResult, misses
 
+_RANDOM = (
+    "Calibrated on random inputs, as was asked for: the ranges say nothing of real inputs, which may saturate. "
+    "Calibrate on real data before use."
+)
 Arrays = dict[str, np.ndarray[Any, Any]]
 CaseArrays = dict[str, Arrays]
-
-
-class Progress(Protocol):
-    """Told of every step as it begins and ends."""
-
-    def step(self, title: str) -> AbstractContextManager[None]:
-        """A step that lasts as long as the block."""
-        ...
-
-
-class _Silent:
-    def step(self, title: str) -> AbstractContextManager[None]:  # noqa: ARG002 - the protocol's argument
-        return contextlib.nullcontext()
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export made.
-
-    Attributes:
-        bundle: The bundle's folder, None after a dry run.
-        manifest: Its manifest; after a dry run, what is known without lowering.
-    """
-
-    bundle: Path | None
-    manifest: Manifest
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 3 when a stage that was run is not within tolerance."""
-        return _exit_code(self.manifest.stages)
-
-    def summary(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return {
-            "bundle": str(self.bundle) if self.bundle else None,
-            "report": str(self.bundle / "report.html") if self.bundle else None,
-            **_summary(self.manifest, self.manifest.stages),
-        }
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """What a verification found.
-
-    Attributes:
-        bundle: The bundle's folder.
-        manifest: Its manifest, as it was written by the export.
-        stages: What was found now.
-    """
-
-    bundle: Path
-    manifest: Manifest
-    stages: tuple[StageResult, ...]
-
-    @property
-    def verdict(self) -> bundles.Verdict:
-        """The weakest verdict of the stages that were run now."""
-        return bundles.weakest(self.stages)
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 3 when a stage that was run is not within tolerance."""
-        return _exit_code(self.stages)
-
-    def summary(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return {"bundle": str(self.bundle), "integrity": "verified", **_summary(self.manifest, self.stages)}
 
 
 def export(
@@ -129,6 +67,8 @@ def export(
     weights: Path | None = None,
     inputs: str | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
     dynamic: Sequence[Dynamic] = (),
+    calibration_data: str | None = None,
+    calibration_size: int | None = None,
     atol: float | None = None,
     rtol: float | None = None,
     min_psnr: float | None = None,
@@ -152,6 +92,9 @@ def export(
         weights: Weights to load, safetensors.
         inputs: Example inputs of a module, or `module:callable` that returns them.
         dynamic: Axes that may vary.
+        calibration_data: For precisions that are calibrated: an `.npz` file or a folder of them (see `calibration.data`), or `random`; by
+            default what the model sees while it samples, where it has trained weights.
+        calibration_size: Number of sets of calibration inputs.
         atol: With `rtol`, replaces the bound on the relative error by |error| <= atol + rtol |reference|.
         rtol: See `atol`.
         min_psnr: Replaces the bound on the PSNR, in dB.
@@ -168,12 +111,19 @@ def export(
         AccuracyError: The bundle was written, and a stage is not within tolerance; `.result` is the ExportResult.
         IsthmusError: Something failed.
     """
-    step = (progress or _Silent()).step
+    step = (progress or Silent()).step
     chosen: Target[Any] = TARGETS[target]()
     precision = _choose("precision", precision, chosen.precisions)
     opset = _choose("opset", opset, chosen.opsets)
     resolved = chosen.Options.model_validate(options or {})
     chosen.check_machine(resolved)
+    check_size(calibration_size)
+    calibrated = precision in chosen.calibrated
+    if not calibrated and (calibration_data is not None or calibration_size is not None):
+        raise UsageError(
+            f"{target} in {precision} is not calibrated, so calibration data has no use",
+            hint=f"leave it out, or choose --precision {' or '.join(chosen.calibrated)}" if chosen.calibrated else "leave it out",
+        )
     destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
     if not dry_run:
         bundles.check_destination(destination, force=force)
@@ -201,6 +151,7 @@ def export(
         names = tuple(reference["example"])
         sampler = _sampler(source)
         pictures = sampler(run, np.random.Generator(np.random.PCG64(seed))) if sampler else None
+        data = load_data(source, calibration_data, run, seed=seed, size=calibration_size) if calibrated else None
         notes = (
             []
             if sampler or not (source.spec and source.spec.sampler)
@@ -210,11 +161,11 @@ def export(
         program = trace(source.module, source.example, dynamic=source.dynamic, ranges=source.ranges)
     stages = []
     with step("checking the trace against PyTorch"), native_kernels(False):
-        result, peaks = check_trace(program, source.example, arrays, reference, with_peaks=precision == "fp16")
+        result, peaks = check_trace(program, source.example, arrays, reference, with_peaks=precision != "fp32")
         stages.append(result)
-    if precision in ("fp16", "bf16"):
-        with step(f"running PyTorch rounded to {precision}"), native_kernels(False):
-            stages.append(check_rounded(program, source.example, arrays, reference, precision, peaks, tolerance))
+    if half := {"fp16": "fp16", "bf16": "bf16", "fp8": "fp16"}.get(precision):
+        with step(f"running PyTorch rounded to {half}"), native_kernels(False):
+            stages.append(check_rounded(program, source.example, arrays, reference, half, peaks, tolerance))
     with step("translating to ONNX"):
         onnx_model = onnx_files.to_onnx(
             program,
@@ -225,7 +176,7 @@ def export(
         )
     with step("optimising the graph"):
         onnx_model = optimise(onnx_model)
-    job: Job[Any] = Job(program=program, model=onnx_model, precision=precision, options=resolved, peaks=peaks)
+    job: Job[Any] = Job(program=program, model=onnx_model, precision=precision, options=resolved, peaks=peaks, sizes=source.ranges)
     with step("checking the target's support"):
         if reasons := chosen.unsupported(job):
             raise UnsupportedError(
@@ -253,11 +204,19 @@ def export(
         stages=tuple(stages),
         versions=_versions(),
     )
+    observed = chosen.observed(job) if data is not None else ()
+    warnings = [_RANDOM] if data is not None and data.source == RANDOM else []
     if dry_run:
         return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
 
     with bundles.writing(destination, force=force) as folder:
         _check_space(folder, source.weights.bytes)
+        if data is not None:
+            with step("calibrating"):
+                observer = Observer(job.model, observed)
+                job = dataclasses.replace(job, calibration=observer.observe(data))
+                stages.append(check_graph(observer, arrays, reference))
+                del observer
         with step(f"lowering to {target}"):
             lowered = chosen.lower(job, folder)
             bundles.write_cases(folder / bundles.INPUTS, arrays)
@@ -266,8 +225,14 @@ def export(
         # Every name that holds the weights, or holds something that does.
         del job, onnx_model, program, run, cases, source, model
         _release(weights_bytes)
+        details = _json(lowered.details)
+        manifest = manifest.model_copy(update={"device": lowered.device, "details": details, "opset": details.get("opset", opset)})
+        with step(f"building for {lowered.device}"):
+            built = chosen.build(folder, manifest, required=False)
         drawn: Samples | None = None
         for stage in chosen.stages(folder, manifest):
+            if built is not None and stage.name == "device":
+                stages.append(built.stage)
             with step(f"verifying the artifact: {stage.name}"):
                 result, samples = run_stage(
                     stage,
@@ -281,49 +246,113 @@ def export(
                 )
                 stages.append(result)
                 drawn = samples or drawn
-        manifest = manifest.model_copy(
-            update={
-                "device": lowered.device,
-                "details": _json(lowered.details),
-                "stages": tuple(stages),
-                "verdict": bundles.weakest(stages),
-            }
-        )
+        if built is not None:
+            if built.stage not in stages:
+                stages.append(built.stage)
+            manifest = manifest.model_copy(
+                update={"device": built.device or manifest.device, "details": {**details, **_json(built.details)}}
+            )
+            notes += built.notes
+        manifest = manifest.model_copy(update={"stages": tuple(stages), "verdict": bundles.weakest(stages)})
         with step("writing the report"):
             write_report(
                 folder,
                 manifest,
                 pictures=Pictures(pictures, drawn) if pictures and drawn else None,
-                facts={"notes": [*lowered.notes, *notes]},
+                facts={"notes": [*lowered.notes, *notes], "warnings": warnings},
             )
             manifest = bundles.write_manifest(folder, manifest)
     result_ = ExportResult(destination, manifest)
     if result_.exit_code:
         raise AccuracyError(
             f"{destination} was written, and its accuracy check failed",
-            reasons=_misses(manifest.stages),
+            reasons=misses(manifest.stages),
             hint=f"see {destination / 'report.html'}; a looser bound is given with --atol, --rtol or --min-psnr",
             result=result_,
         )
     return result_
 
 
-def verify(bundle: Path, *, progress: Progress | None = None) -> VerifyResult:
+def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: Progress | None = None) -> BuildResult:
+    """Compiles a bundle's engine on this machine, executes it over the stored cases where the device is here, and writes both down.
+
+    The bundle is replaced as a whole when everything is done: a build that fails or is killed leaves it as it was.
+
+    Args:
+        bundle: The bundle's folder.
+        trust: Take the bundle's own libraries although they are not what its manifest says.
+        force: Build again what is built.
+        progress: Told of every step.
+
+    Raises:
+        UsageError: The folder is not a bundle, is built already, or is for a target that builds nothing.
+        IntegrityError: A file is changed, missing or additional.
+        MachineError: This machine lacks the hardware or the toolchain.
+        UnsupportedError: The vendor's compiler refuses the model.
+        AccuracyError: The bundle was written, and the engine is not what was asked for, or not within tolerance; `.result` is the
+            BuildResult.
+    """
+    step = (progress or Silent()).step
+    manifest = bundles.read_manifest(bundle)
+    target = TARGETS[manifest.target]()
+    engines = target.engines(manifest)
+    if not engines:
+        raise UsageError(f"{manifest.target} needs no build: {bundle} can be used as it is")
+    if not force and any(stage.name == "plan" and stage.verdict == "built" for stage in manifest.stages):
+        raise UsageError(f"{bundle} is built already", hint="--force builds it again")
+    with step("checking the files"):
+        bundles.check_integrity(bundle, manifest, trusted=engines if trust else ())
+    inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
+    with bundles.rewriting(bundle) as folder:
+        with step(f"building for {manifest.device}"):
+            built = target.build(folder, manifest, required=True)
+        assert built is not None
+        changed = [built.stage]
+        manifest = manifest.model_copy(
+            update={
+                "device": built.device or manifest.device,
+                "details": {**manifest.details, **_json(built.details)},
+                "versions": {**manifest.versions, **_versions()},
+            }
+        )
+        for stage in target.stages(folder, manifest, trust=trust):
+            if stage.name == "device":
+                with step(f"verifying the artifact: {stage.name}"):
+                    changed.append(run_stage(stage, inputs, reference, Tolerance(**manifest.tolerance))[0])
+        names = {stage.name for stage in changed}
+        stages = (*(s for s in manifest.stages if s.name not in names), *changed)
+        manifest = manifest.model_copy(update={"stages": stages, "verdict": bundles.weakest(stages)})
+        with step("writing the report"):
+            rewrite_report(folder, manifest, notes=built.notes)
+            manifest = bundles.write_manifest(folder, manifest)
+    result = BuildResult(bundle, manifest, tuple(changed))
+    if result.exit_code:
+        raise AccuracyError(f"{bundle} was built, and the engine is not what was asked for", reasons=misses(result.stages), result=result)
+    return result
+
+
+def verify(bundle: Path, *, trust: bool = False, progress: Progress | None = None) -> VerifyResult:
     """Checks that a bundle's files are what its manifest says, then executes the artifact over the stored cases again.
+
+    Args:
+        bundle: The bundle's folder.
+        trust: Execute an engine, or load a library, that is not what the manifest says. Such a file can run any code.
+        progress: Told of every step.
 
     Raises:
         UsageError: The folder is not a bundle.
         IntegrityError: A file is changed, missing or additional.
         AccuracyError: A stage is not within the tolerance that the manifest holds; `.result` is the VerifyResult.
     """
-    step = (progress or _Silent()).step
+    step = (progress or Silent()).step
     manifest = bundles.read_manifest(bundle)
     with step("checking the files"):
-        bundles.check_integrity(bundle, manifest)
+        target = TARGETS[manifest.target]()
+        bundles.check_integrity(bundle, manifest, trusted=target.engines(manifest) if trust else ())
     inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
     try:
         tolerance = Tolerance(**manifest.tolerance)
-        to_run = TARGETS[manifest.target]().stages(bundle, manifest)
+        to_run = target.stages(bundle, manifest, trust=trust)
     except (TypeError, ValidationError) as error:
         raise IntegrityError(
             f"the manifest of {bundle} cannot be used: {error}", hint="export again with this version of isthmus"
@@ -337,7 +366,7 @@ def verify(bundle: Path, *, progress: Progress | None = None) -> VerifyResult:
     result = VerifyResult(bundle, manifest, tuple(found))
     if result.exit_code:
         raise AccuracyError(
-            f"the artifact in {bundle} is not within its tolerance of PyTorch", reasons=_misses(result.stages), result=result
+            f"the artifact in {bundle} is not within its tolerance of PyTorch", reasons=misses(result.stages), result=result
         )
     return result
 
@@ -400,6 +429,24 @@ def _sampler(source: Source) -> Sampler | None:
     return sampler if fits else None
 
 
+def load_data(
+    source: Source,
+    text: str | None,
+    run: Callable[[Mapping[str, np.ndarray[Any, Any]]], Mapping[str, np.ndarray[Any, Any]]],
+    *,
+    seed: int,
+    size: int | None,
+) -> CalibrationData:
+    """The calibration inputs of a model; see `calibration.data.calibration_data`."""
+    example = {name: to_array(tensor) for name, tensor in source.example.items()}
+
+    def draw(rng: np.random.Generator) -> Arrays:
+        tensors = source.spec.inputs(rng, source.sizes) if source.spec else draw_inputs(dict(source.example), rng)
+        return {name: to_array(tensor) for name, tensor in tensors.items()}
+
+    return read_data(text, example=example, dynamic=source.dynamic, sampler=_sampler(source), run=run, draw=draw, seed=seed, size=size)
+
+
 def _tolerance(source: Source, precision: str, atol: float | None, rtol: float | None, min_psnr: float | None) -> Tolerance:
     base = (source.spec.tolerances if source.spec else {}).get(precision) or DEFAULT_TOLERANCES[precision]
     if atol is not None or rtol is not None:
@@ -451,23 +498,3 @@ def _versions() -> dict[str, str]:
 
 def _json(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
-
-
-def _exit_code(stages: tuple[StageResult, ...]) -> int:
-    return AccuracyError.exit_code if any(s.verdict in ("failed", "blocked") for s in stages) else 0
-
-
-def _misses(stages: tuple[StageResult, ...]) -> list[Reason]:
-    return [Reason(s.reason, where=f"stage {s.name} {s.verdict}") for s in stages if s.verdict in ("failed", "blocked")]
-
-
-def _summary(manifest: Manifest, stages: tuple[StageResult, ...]) -> dict[str, Any]:
-    return {
-        "model": manifest.model,
-        "target": manifest.target,
-        "precision": manifest.precision,
-        "device": manifest.device,
-        "verdict": bundles.weakest(stages),
-        "stages": [s.model_dump(mode="json", exclude={"metrics": {"__all__": {"histogram"}}}) for s in stages],
-        "exit_code": _exit_code(stages),
-    }

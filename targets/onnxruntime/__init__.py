@@ -79,7 +79,7 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
 
         return lower(job, folder / MODEL)
 
-    def stages(self, folder: Path, manifest: Manifest) -> list[Stage]:
+    def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:  # noqa: ARG002 - an ONNX file holds no code
         """`onnx`: the file as every ONNX Runtime runs it, on the CPU. `native`, where the file has nodes of our own: with our kernels in
         place of the nodes' bodies. With `--execution-provider cuda` also `device`.
         """

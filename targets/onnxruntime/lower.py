@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ...exporter import onnx as onnx_files
 from ...exporter.passes.expand_attention_mask import ExpandAttentionMask
-from ...exporter.passes.float16 import ToFloat16, overflowing
+from ...exporter.passes.half_precision import ToHalf, overflowing
 from ...exporter.passes.name_values import NameValues
 from ...exporter.target import Job, Lowered
 from .ssm_op import write_ssm_op
@@ -26,7 +26,7 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
         NameValues()(model)
     notes: list[str] = []
     if job.precision == "fp16":
-        convert = ToFloat16(keep_modules=overflowing(job.peaks))
+        convert = ToHalf(keep_modules=overflowing(job.peaks))
         model = convert(model).model
         notes.append(convert.summary())
     notes += write_ssm_op(model, job.options.ssm_op)

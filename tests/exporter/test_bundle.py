@@ -328,3 +328,39 @@ def test_names_that_file_systems_allow(tmp_path, name):
     _write(tmp_path / name, force=True, text="two")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name / "model.onnx").read_text() == "two"
+
+
+def test_a_rewritten_bundle_replaces_the_old_one_and_a_failure_leaves_it(tmp_path):
+    bundle = tmp_path / "bundle"
+    (bundle / "plugins").mkdir(parents=True)
+    (bundle / "manifest.json").write_text("{}")
+    (bundle / "plugins" / "small").write_text("as it was")
+    (bundle / "large").write_bytes(b"0" * 2**21)
+    inode = (bundle / "large").stat().st_ino
+
+    with pytest.raises(RuntimeError, match="stop"), bundles.rewriting(bundle) as folder:
+        (folder / "plugins" / "small").write_text("changed")
+        bundles.write_text(folder / "large", "changed")
+        raise RuntimeError("stop")
+    assert (bundle / "plugins" / "small").read_text() == "as it was"
+    assert (bundle / "large").stat().st_size == 2**21
+
+    with bundles.rewriting(bundle) as folder:
+        bundles.write_text(folder / "plugins" / "small", "changed")
+        (folder / "engine.plan").write_bytes(b"new")
+    assert (bundle / "plugins" / "small").read_text() == "changed"
+    assert (bundle / "engine.plan").read_bytes() == b"new"
+    assert (bundle / "large").stat().st_ino == inode  # linked, not copied
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_trusted_files_may_be_others(folder):
+    manifest = read_manifest(folder)
+    (folder / "model.onnx").write_text("theirs")
+    (folder / "library").write_text("theirs")
+    with pytest.raises(IntegrityError):
+        check_integrity(folder, manifest)
+    check_integrity(folder, manifest, trusted=("model.onnx", "library"))
+    (folder / "model.onnx").unlink()
+    with pytest.raises(IntegrityError):
+        check_integrity(folder, manifest, trusted=("model.onnx", "library"))

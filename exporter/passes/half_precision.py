@@ -1,4 +1,4 @@
-"""Lowers a float32 graph to float16, with islands of float32 where float16 is not enough."""
+"""Lowers a float32 graph to float16 or bfloat16, with islands of float32 where that is not enough."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOAT16_MAX = 65504.0
 _SMALLEST_NORMAL = 6.104e-5  # below this float16 loses bits, and below 6e-8 it is zero: an epsilon must not end there
 
 _HEAVY = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"})
-"""Where the time goes: always float16 unless a value leaves its range, accumulated in float32 by every target."""
+"""Where the time goes: always in half precision unless a value leaves its range, accumulated in float32 by every target."""
 
 _NORMS = frozenset(
     {"LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization", "LpNormalization"}
@@ -40,6 +40,11 @@ _ELEMENTWISE = frozenset("Add Sub Mul Neg Abs Relu Min Max Clip Sum Cast CastLik
 _SMALL = 16
 """Elements up to which a constant is taken for an epsilon or a mask's value, and not for a weight."""
 
+_SHORT = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+_SUFFIX = {ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT: "f32"}
+_TYPE = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}
+"""How ONNX's schemas name the types."""
+
 PRECISION = "isthmus.precision"
 """Metadata property of the nodes that stay in float32."""
 
@@ -54,22 +59,22 @@ def overflowing(peaks: Mapping[str, float], largest: float = FLOAT16_MAX) -> lis
     return [path for path, peak in peaks.items() if peak > largest / 2]
 
 
-class ToFloat16(ir.passes.InPlacePass):
-    """Lowers float32 to float16, keeping islands of float32.
+class ToHalf(ir.passes.InPlacePass):
+    """Lowers float32 to float16 or bfloat16, keeping islands of float32.
 
     Inputs and outputs of the graph keep their types. A node stays in float32 when it
 
     1. normalises, sums, takes an exponential, logarithm, power, root, sine or softmax, or makes a decision of a number (a rounding, a
        comparison, a cast to an integer);
-    2. has a small constant that float16 cannot hold (an epsilon of 1e-6), or a weight beyond 65504;
-    3. belongs to a module in which a value beyond float16's range was seen;
+    2. has a small constant that float16 cannot hold (an epsilon of 1e-6), or a weight beyond 65504; bfloat16 has float32's range;
+    3. belongs to a module in which a value beyond the dtype's range was seen;
     4. feeds a sine, cosine, exponential, softplus or a decision through elementwise operators (the angle of a timestep embedding needs
-       more than float16's 11 bits), or continues an exponential through them (the decay and the state of a scan);
+       more than 11 bits), or continues an exponential through them (the decay and the state of a scan);
     5. is one of the products that a division normalises afterwards (linear attention sums over all tokens before it divides);
     6. stands between such nodes only, so that nothing is gained by two casts.
 
-    Nodes of our own operators take what their schemas let them: activations in float16, parameters and states in float32. Inside they sum
-    in float32.
+    Nodes of our own operators take what their schemas let them: activations in half precision, parameters and states in float32. Inside
+    they sum in float32.
 
     Given::
 
@@ -85,16 +90,19 @@ class ToFloat16(ir.passes.InPlacePass):
 
     Args:
         keep_modules: PyTorch module paths whose nodes stay in float32 (rule 3).
+        dtype: FLOAT16 or BFLOAT16.
     """
 
-    def __init__(self, keep_modules: Collection[str] = ()) -> None:
+    def __init__(self, keep_modules: Collection[str] = (), dtype: ir.DataType = ir.DataType.FLOAT16) -> None:
         self._keep_modules = frozenset(keep_modules)
+        self._dtype = dtype
         self._half = 0
         self._single = 0
 
     def summary(self) -> str:
         """One sentence on what the last call did."""
-        return f"{self._half} floating point nodes compute in fp16, {self._single} stay in fp32 (norms, softmax, accumulations, overflow)"
+        half = f"{self._half} floating point nodes compute in {_SHORT[self._dtype]}"
+        return f"{half}, {self._single} stay in fp32 (norms, softmax, accumulations, overflow)"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the main graph in place. Nodes with subgraphs, and calls of others' functions, stay in float32 as a whole."""
@@ -113,30 +121,30 @@ class ToFloat16(ir.passes.InPlacePass):
         self._half = len(floating) - len(single)
         for node in floating:
             half = node not in single
-            accepts = _half_inputs(node, opset) if half else frozenset()
+            accepts = _half_inputs(node, opset, self._dtype) if half else frozenset()
             for i, value in enumerate(node.inputs):
                 if value is None:
                     continue
                 if half and i in accepts and value.dtype == ir.DataType.FLOAT:
                     if value.is_initializer():
-                        node.replace_input_with(i, _half_weight(value, graph, half_weights))
+                        node.replace_input_with(i, _half_weight(value, graph, half_weights, self._dtype))
                     else:
-                        node.replace_input_with(i, _cast(value, ir.DataType.FLOAT16, node, graph, casts))
-                elif value.dtype == ir.DataType.FLOAT16 and not (half and i in accepts):
+                        node.replace_input_with(i, _cast(value, self._dtype, node, graph, casts))
+                elif value.dtype == self._dtype and not (half and i in accepts):
                     node.replace_input_with(i, _cast(value, ir.DataType.FLOAT, node, graph, casts))
             if half:
                 if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
-                    node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
+                    node.attributes["to"] = ir.AttrInt64("to", int(self._dtype))
                 if node.op_type == "Attention":
                     node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", int(ir.DataType.FLOAT))
-                for value, narrow in zip(node.outputs, _half_outputs(node, opset), strict=True):
+                for value, narrow in zip(node.outputs, _half_outputs(node, opset, self._dtype), strict=True):
                     if value.dtype == ir.DataType.FLOAT and narrow:
                         # A new type: Model.clone shares the type objects, and setting `dtype` would change the original too.
-                        value.type = ir.TensorType(ir.DataType.FLOAT16)
+                        value.type = ir.TensorType(self._dtype)
         for node in single:
-            _restore_captures(node, graph, casts)
+            _restore_captures(node, graph, casts, self._dtype)
         for value, i in outputs.items():
-            if value.dtype == ir.DataType.FLOAT16:
+            if value.dtype == self._dtype:
                 _restore_output(graph, i, value)
         for weight, lowered in half_weights.items():
             if not weight.uses() and weight.name is not None and lowered.name is not None:
@@ -175,13 +183,13 @@ class ToFloat16(ir.passes.InPlacePass):
             a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
         ):
             return True
-        if not _may_be_half(node, opset) or module_of(node) in self._keep_modules:
+        if not _may_be_half(node, opset, self._dtype) or module_of(node) in self._keep_modules:
             return True
         if node.op_type in _NORMS | _SUMS | _CURVES | _STEEP or _decides(node):
             return True
         if node.op_type == "Div" and node.inputs[1] is not None and not node.inputs[1].is_initializer():
             return True
-        return any(_is_beyond_half(value) for value in node.inputs)
+        return self._dtype == ir.DataType.FLOAT16 and any(_is_beyond_half(value) for value in node.inputs)
 
 
 def _decides(node: ir.Node) -> bool:
@@ -263,7 +271,7 @@ def _formal_types(node: ir.Node, opset: int) -> tuple[list[set[str]], list[set[s
     return expand(list(schema.inputs), len(node.inputs)), expand(list(schema.outputs), len(node.outputs))
 
 
-def _may_be_half(node: ir.Node, opset: int) -> bool:
+def _may_be_half(node: ir.Node, opset: int, dtype: ir.DataType) -> bool:
     types = _formal_types(node, opset)
     if types is None or node.op_type in ("Constant", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike"):
         return False
@@ -275,34 +283,32 @@ def _may_be_half(node: ir.Node, opset: int) -> bool:
         return False
     if node.domain == DOMAIN:
         return True
-    return all(
-        "tensor(float16)" in allowed for value, allowed in zip(node.outputs, types[1], strict=True) if value.dtype == ir.DataType.FLOAT
-    )
+    return all(_TYPE[dtype] in allowed for value, allowed in zip(node.outputs, types[1], strict=True) if value.dtype == ir.DataType.FLOAT)
 
 
-def _half_inputs(node: ir.Node, opset: int) -> frozenset[int]:
+def _half_inputs(node: ir.Node, opset: int, dtype: ir.DataType) -> frozenset[int]:
     types = _formal_types(node, opset)
-    return frozenset(i for i, allowed in enumerate(types[0]) if "tensor(float16)" in allowed) if types else frozenset()
+    return frozenset(i for i, allowed in enumerate(types[0]) if _TYPE[dtype] in allowed) if types else frozenset()
 
 
-def _half_outputs(node: ir.Node, opset: int) -> list[bool]:
+def _half_outputs(node: ir.Node, opset: int, dtype: ir.DataType) -> list[bool]:
     types = _formal_types(node, opset)
-    return ["tensor(float16)" in allowed for allowed in types[1]] if types else [True] * len(node.outputs)
+    return [_TYPE[dtype] in allowed for allowed in types[1]] if types else [True] * len(node.outputs)
 
 
-def _half_weight(value: ir.Value, graph: ir.Graph, made: dict[ir.Value, ir.Value]) -> ir.Value:
+def _half_weight(value: ir.Value, graph: ir.Graph, made: dict[ir.Value, ir.Value], dtype: ir.DataType) -> ir.Value:
     if value not in made:
         tensor = value.const_value
         assert tensor is not None
-        name = f"{value.name}.float16"
+        name = f"{value.name}.{dtype.name.lower()}"
 
         # Lazily, and not cached: a second copy of all weights is never held.
         def convert(tensor: ir.TensorProtocol = tensor, name: str = name) -> ir.TensorProtocol:
-            return ir.tensor(tensor.numpy().astype(np.float16), name=name)
+            return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=name)
 
         shape = ir.Shape(tensor.numpy().shape)
-        half = ir.LazyTensor(convert, dtype=ir.DataType.FLOAT16, shape=shape, name=name, cache=False)
-        made[value] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=half)
+        half = ir.LazyTensor(convert, dtype=dtype, shape=shape, name=name, cache=False)
+        made[value] = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape, const_value=half)
         graph.register_initializer(made[value])
     return made[value]
 
@@ -320,7 +326,7 @@ def _cast(
             and producer.inputs[0] is not None
         ):
             return producer.inputs[0]
-        suffix = "f16" if to == ir.DataType.FLOAT16 else "f32"
+        suffix = _SUFFIX[to]
         node = ir.node("Cast", [value], attributes={"to": int(to)}, name=f"{value.name}.{suffix}")
         node.metadata_props.update((producer or before).metadata_props)
         node.metadata_props.pop(PRECISION, None)
@@ -335,7 +341,7 @@ def _cast(
     return made[(value, to)]
 
 
-def _restore_captures(node: ir.Node, graph: ir.Graph, made: dict[tuple[ir.Value, ir.DataType], ir.Value]) -> None:
+def _restore_captures(node: ir.Node, graph: ir.Graph, made: dict[tuple[ir.Value, ir.DataType], ir.Value], dtype: ir.DataType) -> None:
     """Gives the subgraphs of a node, which stay in float32, the float32 form of what they read from the graph around them."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -347,7 +353,7 @@ def _restore_captures(node: ir.Node, graph: ir.Graph, made: dict[tuple[ir.Value,
         for body in bodies:
             for inner in ir.traversal.RecursiveGraphIterator(body):
                 for i, value in enumerate(inner.inputs):
-                    if value is not None and value.dtype == ir.DataType.FLOAT16 and not value.is_initializer():
+                    if value is not None and value.dtype == dtype and not value.is_initializer():
                         inner.replace_input_with(i, _cast(value, ir.DataType.FLOAT, node, graph, made))
 
 
@@ -355,7 +361,8 @@ def _restore_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
     producer = value.producer()
     assert producer is not None
     name = value.name
-    value.name = f"{name}.f16"
+    assert value.dtype is not None
+    value.name = f"{name}.{_SUFFIX[value.dtype]}"
     node = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}.f32")
     node.metadata_props.update(producer.metadata_props)
     output = node.outputs[0]

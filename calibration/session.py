@@ -1,0 +1,80 @@
+"""Runs an ONNX graph that is still in memory, in ONNX Runtime, without a second copy of its weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..exporter.errors import IsthmusError, MachineError
+from ..exporter.spec import Arrays
+
+_WEIGHTS = "weights"
+SHARED = 4096
+"""Bytes from which on a weight is shared; smaller ones go into the serialised graph."""
+
+
+class GraphSession:
+    """A float32 graph in ONNX Runtime on the CPU. The weights stay where they are: those of `model`, or of the PyTorch module behind it.
+
+    Args:
+        model: The graph; not changed.
+
+    Raises:
+        MachineError: onnxruntime is not installed.
+        IsthmusError: ONNX Runtime refuses the graph.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MachineError(
+                "calibration runs the graph in ONNX Runtime, which is not installed", hint="pip install 'isthmus[cpu]'"
+            ) from error
+        copy = model.clone()
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        # Packed weights would be a copy of all of them.
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+        # ONNX Runtime holds addresses of the values, and these hold addresses of the arrays: neither keeps the other alive.
+        self._weights: list[tuple[np.ndarray[Any, Any], Any]] = []
+        largest = 0
+        for name, value in copy.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < SHARED:
+                continue
+            array = np.ascontiguousarray(tensor.numpy())
+            shared = ort.OrtValue.ortvalue_from_numpy(array)
+            self._weights.append((array, shared))
+            settings.add_initializer(name, shared)
+            largest = max(largest, array.nbytes)
+            value.const_value = ir.ExternalTensor(_WEIGHTS, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name)
+        try:
+            with tempfile.TemporaryDirectory(prefix="isthmus-") as temporary:
+                # ONNX Runtime wants the file of weights to be there, though it reads none of those that it is given. One without blocks
+                # does; `add_external_initializers`, which needs no file, copies every weight (1.32).
+                folder = Path(temporary)
+                with (folder / _WEIGHTS).open("wb") as file:
+                    file.truncate(largest)
+                path = folder / "model.onnx"
+                path.write_bytes(ir.serde.serialize_model(copy).SerializeToString())
+                self._session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exception classes live in a private module
+            raise IsthmusError(f"ONNX Runtime {ort.__version__} refuses the graph: {str(error).splitlines()[0]}") from error
+        self._names = [value.name for value in self._session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> Mapping[str, np.ndarray[Any, Any]]:
+        """Every output by name.
+
+        Raises:
+            IsthmusError: ONNX Runtime fails, as it does on inputs that do not fit.
+        """
+        try:
+            return dict(zip(self._names, self._session.run(None, dict(inputs)), strict=True))
+        except Exception as error:  # its exception classes live in a private module
+            raise IsthmusError(f"ONNX Runtime failed on the graph: {str(error).splitlines()[0]}") from error
