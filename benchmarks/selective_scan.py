@@ -83,7 +83,11 @@ def kernel(op: CustomOp, inputs: Mapping[str, Array], attributes: Mapping[str, A
 def session(
     op: CustomOp, inputs: Mapping[str, Array], attributes: Mapping[str, Any], *, library: bool, contrib: bool = False
 ) -> Callable[[], object]:
-    """The operator's node in ONNX Runtime on one thread: its body, or with the native library."""
+    """The operator's node in ONNX Runtime on one thread: its body, or with the native library.
+
+    Inputs and outputs are bound to memory that is there, as they are for a node in the middle of a model: `run` would copy each output into
+    an array of new pages.
+    """
     import onnxruntime as ort
 
     form, settled, operands = node_of(op, inputs, attributes)
@@ -93,7 +97,12 @@ def session(
     if library:
         options.register_custom_ops_library(str(native.build()))
     opened = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda: opened.run(None, operands)
+    binding = opened.io_binding()
+    for name, x in operands.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(x))
+    for output, x in zip(opened.get_outputs(), opened.run(None, operands), strict=True):
+        binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(x))
+    return lambda: opened.run_with_iobinding(binding)
 
 
 def torch_loop(inputs: Mapping[str, Array]) -> None:

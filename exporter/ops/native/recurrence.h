@@ -1,15 +1,15 @@
-// The matrix recurrence that linear attention and RWKV-7 share, and the matrix products that it is made of.
+// The matrix recurrence of linear attention in chunks of tokens, and the matrix products that it is made of.
 //
 // For each batch and head, with the state S (key, value):
 //
-//   S_t = e_t S_{t-1} + k_t v_t^T + b_t w_t^T     w_t = a_t^T (S_{t-1} or e_t S_{t-1})     y_t = S_t^T q_t
+//   S_t = e_t S_{t-1} + k_t v_t^T     y_t = S_t^T q_t
 //
 // is solved for CHUNK tokens at a time, so that the state is read and written once a chunk: with P_t the product of the decays e up to t,
 //
-//   w_t = (a_t P)^T S_0 + sum_{s<t} (a_t . k_s, decayed since) v_s + ...
+//   y_t = (q_t P_t)^T S_0 + sum_{s<=t} (q_t . k_s, decayed since) v_s
 //
 // Decays are multiplied up token by token and never divided by, so that none is too long or too steep. Lanes are keys in the dot products
-// and values everywhere else. The delta rules fit with v_t - w_t in place of v_t, which saves the second rank-CHUNK update.
+// and values everywhere else. The delta rules fit with beta_t (v_t - w_t) in place of v_t, where w_t is what k_t reads from e_t S_{t-1}.
 #pragma once
 
 #include "simd.h"
@@ -17,9 +17,6 @@
 namespace isthmus::ISTHMUS_ISA {
 
 constexpr int CHUNK = 8;
-
-ISTHMUS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-ISTHMUS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out (rows, columns) = left (rows, depth) right (depth, columns), for ROWS rows and VECTORS vectors of columns.
 template <int ROWS, int VECTORS>
@@ -114,7 +111,6 @@ ISTHMUS_INLINE float dot(const float* x, const float* y, int64_t padded) {
 enum class Rule {
   write,    // no removal: linear and gated
   correct,  // the delta rules: what the key reads from the decayed state is taken from the value
-  remove,   // RWKV-7: two keys of their own, the removal reads the state before the decay
 };
 
 // The tensors of a call, (batch, length, heads * width) each, and its sizes.
@@ -122,7 +118,6 @@ struct Recurrence {
   Source q, k, v;
   Source decay;  // none for no decay
   Source beta;   // of the delta rules
-  Source a, b;   // of RWKV-7
   const float* initial;
   Target y;
   float* last;
@@ -133,13 +128,22 @@ struct Recurrence {
 // Where a task finds its numbers: rows are CHUNK tokens, `key` and `value` are rounded up to LANES.
 struct Workspace {
   int64_t key, value;
-  float *S, *P, *e, *k, *q, *a, *b, *weights, *v, *w, *y;
+  float *S, *P, *e, *k, *q, *a, *weights, *v, *w, *y;
 };
+
+// The rows of a token to come.
+ISTHMUS_INLINE void ask(const Recurrence& s, int64_t row, int64_t first, int64_t width) {
+  s.q.prefetch(row * s.repeats * s.key, s.repeats * s.key);
+  s.k.prefetch(row * s.key, s.key);
+  s.v.prefetch(row * s.value + first, width);
+  if (s.decays > 1) s.decay.prefetch(row * s.key, s.key);
+  for (int64_t r = 0; r < s.repeats; ++r) s.y.prefetch((row * s.repeats + r) * s.value + first, width);
+}
 
 // One head of one batch, for the values from `first` on, `width` of them.
 template <Rule rule>
 void solve(const Recurrence& s, int64_t batch, int64_t head, int64_t first, int64_t width, const Workspace& m) {
-  const int64_t K = m.key, V = m.value, q_heads = s.heads * s.repeats;
+  const int64_t K = m.key, V = m.value;
   const int64_t state = (batch * s.heads + head) * s.key;
   for (int64_t i = 0; i < s.key; ++i) {
     for (int64_t j = 0; j < V; j += LANES) {
@@ -149,26 +153,17 @@ void solve(const Recurrence& s, int64_t batch, int64_t head, int64_t first, int6
   for (int64_t start = 0; start < s.length; start += CHUNK) {
     const int tokens = static_cast<int>(smaller(CHUNK, s.length - start));
     // What the tokens of the chunk give each other: row t, column s <= t.
-    float from_k[CHUNK][CHUNK], from_b[CHUNK][CHUNK], beta[CHUNK];
+    float from_k[CHUNK][CHUNK], beta[CHUNK];
     for (int64_t i = 0; i < K; i += LANES) store(m.P + i, splat(1.0f));
     for (int t = 0; t < tokens; ++t) {
       const int64_t row = (batch * s.length + start + t) * s.heads + head;
+      if (start + CHUNK + t < s.length) ask(s, row + CHUNK * s.heads, first, width);
       float* k = m.k + t * K;
       s.k.fetch(k, row * s.key, s.key, K);
       s.v.fetch(m.v + t * V, row * s.value + first, width, V);
       if (rule == Rule::correct) {
         const int64_t token = batch * s.length + start + t;
         beta[t] = s.beta.at(s.betas == 1 ? token : token * s.heads + head);
-      }
-      float *a = m.a + t * K, *b = m.b + t * K;
-      if (rule == Rule::remove) {
-        s.a.fetch(a, row * s.key, s.key, K);
-        s.b.fetch(b, row * s.key, s.key, K);
-        for (int u = 0; u < t; ++u) {
-          from_k[t][u] = dot(a, m.k + u * K, K);
-          from_b[t][u] = dot(a, m.b + u * K, K);
-        }
-        for (int64_t i = 0; i < K; i += LANES) store(a + i, load(a + i) * load(m.P + i));
       }
       if (s.decay) {
         const bool one = s.decays == 1;
@@ -178,61 +173,46 @@ void solve(const Recurrence& s, int64_t batch, int64_t head, int64_t first, int6
           const vfloat e = one ? all_keys : exp(load(m.e + i));
           store(m.P + i, load(m.P + i) * e);
           for (int u = 0; u < t; ++u) store(m.k + u * K + i, load(m.k + u * K + i) * e);
-          if (rule == Rule::remove)
-            for (int u = 0; u < t; ++u) store(m.b + u * K + i, load(m.b + u * K + i) * e);
         }
       }
       if (rule == Rule::correct) {
         for (int u = 0; u < t; ++u) from_k[t][u] = dot(k, m.k + u * K, K);
-        for (int64_t i = 0; i < K; i += LANES) store(a + i, load(k + i) * load(m.P + i));
+        for (int64_t i = 0; i < K; i += LANES) store(m.a + t * K + i, load(k + i) * load(m.P + i));
       }
       for (int64_t r = 0; r < s.repeats; ++r) {
         float* q = m.q + (r * CHUNK + t) * K;
-        float* weights = m.weights + ((r * CHUNK + t) * 2) * CHUNK;
-        s.q.fetch(q, ((batch * s.length + start + t) * q_heads + head * s.repeats + r) * s.key, s.key, K);
-        for (int u = 0; u <= t; ++u) {
-          weights[u] = dot(q, m.k + u * K, K);
-          if (rule == Rule::remove) weights[CHUNK + u] = dot(q, m.b + u * K, K);
-        }
+        float* weights = m.weights + (r * CHUNK + t) * CHUNK;
+        s.q.fetch(q, (row * s.repeats + r) * s.key, s.key, K);
+        for (int u = 0; u <= t; ++u) weights[u] = dot(q, m.k + u * K, K);
         if (s.decay)
           for (int64_t i = 0; i < K; i += LANES) store(q + i, load(q + i) * load(m.P + i));
       }
     }
-    if (rule != Rule::write) {
+    if (rule == Rule::correct) {
       product(m.w, V, m.a, K, m.S, V, tokens, s.key, V);
       for (int t = 0; t < tokens; ++t) {
         for (int64_t j = 0; j < V; j += LANES) {
           vfloat w = load(m.w + t * V + j);
-          for (int u = 0; u < t; ++u) {
-            w += load(m.v + u * V + j) * from_k[t][u];
-            if (rule == Rule::remove) w += load(m.w + u * V + j) * from_b[t][u];
-          }
-          if (rule == Rule::remove) {
-            store(m.w + t * V + j, w);
-          } else {
-            store(m.v + t * V + j, (load(m.v + t * V + j) - w) * beta[t]);
-          }
+          for (int u = 0; u < t; ++u) w += load(m.v + u * V + j) * from_k[t][u];
+          store(m.v + t * V + j, (load(m.v + t * V + j) - w) * beta[t]);
         }
       }
     }
     for (int64_t r = 0; r < s.repeats; ++r) {
       product(m.y, V, m.q + r * CHUNK * K, K, m.S, V, tokens, s.key, V);
       for (int t = 0; t < tokens; ++t) {
-        const float* weights = m.weights + ((r * CHUNK + t) * 2) * CHUNK;
+        const float* weights = m.weights + (r * CHUNK + t) * CHUNK;
         float* y = m.y + t * V;
         for (int64_t j = 0; j < V; j += LANES) {
           vfloat total = load(y + j);
-          for (int u = 0; u <= t; ++u) {
-            total += load(m.v + u * V + j) * weights[u];
-            if (rule == Rule::remove) total += load(m.w + u * V + j) * weights[CHUNK + u];
-          }
+          for (int u = 0; u <= t; ++u) total += load(m.v + u * V + j) * weights[u];
           store(y + j, total * s.scale);
         }
-        s.y.put(((batch * s.length + start + t) * q_heads + head * s.repeats + r) * s.value + first, y, width);
+        const int64_t row = (batch * s.length + start + t) * s.heads + head;
+        s.y.put((row * s.repeats + r) * s.value + first, y, width);
       }
     }
     update(m.S, V, s.decay ? m.P : nullptr, m.k, K, m.v, V, s.key, tokens, V);
-    if (rule == Rule::remove) update(m.S, V, nullptr, m.b, K, m.w, V, s.key, tokens, V);
   }
   for (int64_t i = 0; i < s.key; ++i) {
     for (int64_t j = 0; j < V; j += LANES) store(s.last + (state + i) * s.value + first + j, load(m.S + i * V + j), width - j);
@@ -249,8 +229,8 @@ void solve_all(const Call& call, const Recurrence& s) {
   }
   const int64_t blocks = columns ? (s.value + columns - 1) / columns : 0, tasks = s.batch * s.heads * blocks;
   const int64_t K = round_up(s.key > 0 ? s.key : 1, LANES), V = round_up(columns, LANES);
-  const int64_t sizes[] = {s.key * V, K, K, CHUNK * K, s.repeats * CHUNK * K, CHUNK * K, CHUNK * K,
-                           s.repeats * CHUNK * 2 * CHUNK, CHUNK * V, CHUNK * V, CHUNK * V};
+  const int64_t sizes[] = {s.key * V, K, K, CHUNK * K, s.repeats * CHUNK * K, CHUNK * K, s.repeats * CHUNK * CHUNK,
+                           CHUNK * V, CHUNK * V, CHUNK * V};
   int64_t total = 0;
   for (const int64_t size : sizes) total += round_up(size, 16);
   float* memory = scratch(call, tasks * total);
@@ -260,8 +240,8 @@ void solve_all(const Call& call, const Recurrence& s) {
     m.key = K;
     m.value = V;
     float* next = memory + i * total;
-    float** const parts[] = {&m.S, &m.P, &m.e, &m.k, &m.q, &m.a, &m.b, &m.weights, &m.v, &m.w, &m.y};
-    for (int part = 0; part < 11; ++part) {
+    float** const parts[] = {&m.S, &m.P, &m.e, &m.k, &m.q, &m.a, &m.weights, &m.v, &m.w, &m.y};
+    for (int part = 0; part < 10; ++part) {
       *parts[part] = next;
       next += round_up(sizes[part], 16);
     }

@@ -147,6 +147,16 @@ ISTHMUS_INLINE void store(T* p, vfloat x, int64_t count) {
 
 // Rows of activations, whose dtype is known when the program runs. A row is converted at a time, so that kernels are compiled once.
 
+// Asks for the lines of `count` numbers from `offset` on, which are wanted soon. A block of channels or a head is a short piece of each
+// token's row, and the next piece is on another page: no processor guesses it. A function that does nothing else has to be inlined: GCC
+// takes one for a function without effects, and drops its calls.
+constexpr int64_t LINE = 64;  // bytes
+ISTHMUS_INLINE void prefetch(const void* data, int32_t dtype, int64_t offset, int64_t count) {
+  const int64_t size = dtype == ISTHMUS_FLOAT32 ? 4 : 2;
+  const char* from = static_cast<const char*>(data) + offset * size;
+  for (int64_t i = 0; i < count * size; i += LINE) __builtin_prefetch(from + i, 0, 2);
+}
+
 struct Source {
   const void* data;  // null where the input is not given
   int32_t dtype;
@@ -161,6 +171,8 @@ struct Source {
       default: return convert(to, static_cast<const float*>(data) + offset, count, padded);
     }
   }
+
+  ISTHMUS_INLINE void prefetch(int64_t offset, int64_t count) const { ISTHMUS_ISA::prefetch(data, dtype, offset, count); }
 
   float at(int64_t offset) const {
     float lanes[LANES];
@@ -178,6 +190,8 @@ struct Source {
 struct Target {
   void* data;
   int32_t dtype;
+
+  ISTHMUS_INLINE void prefetch(int64_t offset, int64_t count) const { ISTHMUS_ISA::prefetch(data, dtype, offset, count); }
 
   // The first `count` numbers of `from`, which has a multiple of LANES, to `offset` and on.
   void put(int64_t offset, const float* from, int64_t count) const {
@@ -197,6 +211,9 @@ struct Target {
 
 ISTHMUS_INLINE Source source(const Call& call, int input) { return {call.inputs[input].data, call.inputs[input].dtype}; }
 ISTHMUS_INLINE Target target(const Call& call, int output) { return {call.outputs[output].data, call.outputs[output].dtype}; }
+
+ISTHMUS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+ISTHMUS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Elementary functions. The polynomials are minimax in relative error, with their leading coefficients held at the exact values.
 
