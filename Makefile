@@ -13,15 +13,16 @@ PARITY_READY := $(PARITY_VENV)/.ready
 PARITY_REQUIREMENTS := tests/parity/requirements.txt
 
 # The folders are reached through src/isthmus/, where relative imports are what they will be in the wheel.
-SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py pipeline.py terminal.py cli.py exporter targets models calibration) tests benchmarks training)
+SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py findings.py parameters.py pipeline.py process.py results.py terminal.py cli.py exporter targets models calibration) tests benchmarks training)
 
-.PHONY: help demo test check parity bench clean
+.PHONY: help demo test check kernels parity bench clean
 
 help:
 	@echo "make demo     set up, export dit-digits to ONNX Runtime, and print where its report is"
 	@echo "make test     set up, run all tests"
 	@echo "make check    ruff (lint and format), mypy, import-linter"
 	@echo "make parity   compare the models with diffusers', in an environment of their own"
+	@echo "make kernels  compile every GPU kernel, and compare registers and spills with the recorded ones"
 	@echo "make bench    run the benchmarks; BENCH_ARGS=--quick for a small run"
 	@echo "make clean    remove the environments, outputs and caches"
 
@@ -38,6 +39,9 @@ check: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+kernels: $(READY)
+	$(BIN)/python -m isthmus.exporter.ops.gpu --golden tests/goldens/kernels.json --check
 
 parity: $(PARITY_READY)
 	PYTHONPATH=src $(PARITY_VENV)/bin/python -m pytest -q --override-ini=filterwarnings=default tests/parity

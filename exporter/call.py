@@ -17,7 +17,13 @@ from .target import TARGETS, Target
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 """Endings of files that are pickles, and so are refused by their names."""
 
-_PASSED = ("model", "target", "precision", "opset", "batch_size", "inputs", "atol", "rtol", "min_psnr", "seed", "force", "dry_run")
+RANDOM = "random"
+"""What `--calibration-data` must say for inputs that mean nothing."""
+
+_PASSED = (
+    "model", "target", "precision", "opset", "batch_size", "inputs", "calibration_data", "calibration_size", "calibration_method",
+    "atol", "rtol", "min_psnr", "seed", "force", "dry_run",
+)  # fmt: skip
 
 
 def targets_of_options() -> dict[str, list[str]]:
@@ -34,7 +40,8 @@ def checked(given: Mapping[str, Any], *, config_settings: Mapping[str, Any], pro
 
     Args:
         given: Values by option: `model`, `target`, `output`, `precision`, `opset`, `batch_size`, `settings` (texts `key=value`), `weights`,
-            `inputs`, `dynamic` (texts), `atol`, `rtol`, `min_psnr`, `seed`, `force`, `dry_run`, and the targets' options as texts.
+            `inputs`, `dynamic` (texts), `calibration_data`, `calibration_size`, `calibration_method`, `atol`, `rtol`, `min_psnr`, `seed`,
+            `force`, `dry_run`, and the targets' options as texts.
         config_settings: Settings that a configuration file gave; `settings` wins over them.
         problems: What was found wrong before.
 
@@ -54,6 +61,10 @@ def checked(given: Mapping[str, Any], *, config_settings: Mapping[str, Any], pro
     options = _options(target, given, found)
     dynamic = [d for text in given["dynamic"] or () if (d := _dynamic(text, found)) is not None]
     _check_weights(given["weights"], found)
+    data = given["calibration_data"]
+    if data is not None and data != RANDOM and not Path(data).exists():
+        hint = f"give an .npz file, a folder of them, or the word `{RANDOM}`"
+        found.append(UsageError(f"--calibration-data: {data} does not exist", hint=hint))
     if given["inputs"] is not None:
         _check_callable("--inputs", given["inputs"], found)
         if model is not None and ":" not in model:

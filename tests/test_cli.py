@@ -39,6 +39,11 @@ LIGHT = {
     "missing weights": (2, ["export", "dit-tiny", "--target", "onnxruntime", "--weights", "nowhere.safetensors"]),
     "existing output": (2, ["export", "dit-tiny", "--target", "onnxruntime", "-o", "/"]),
     "not a bundle": (2, ["verify", "/"]),
+    "no bundle to build": (2, ["build", "/"]),
+    "nothing to lint": (2, ["lint", "nowhere.onnx"]),
+    "no bundle to lint": (2, ["lint", "/"]),
+    "rules of an unknown target": (2, ["lint", "/", "--target", "tensort"]),
+    "missing calibration data": (2, ["export", "dit-tiny", "--target", "onnxruntime", "--calibration-data", "nowhere"]),
 }
 
 
@@ -168,6 +173,7 @@ def test_every_option_reaches_the_pipeline(run, exported, tmp_path):
     weights.touch()
     call = "export dit-tiny --target onnxruntime --precision fp16 --opset 23 --batch-size 4 --set depth=3 --set hidden_size=64"
     call += f" --weights {weights} --dynamic x:0=1,2,8 --dynamic t:0=1,2,8 --atol 1e-4 --rtol 1e-3 --min-psnr 60 --seed 7 --force"
+    call += f" --calibration-data {tmp_path} --calibration-size 16 --calibration-method max"
     result = run(*call.split(), "-o", tmp_path / "out", "--threads", "2", "--format", "json")
     assert result.exit_code == 0, result.stderr
     (arguments,) = exported
@@ -178,7 +184,19 @@ def test_every_option_reaches_the_pipeline(run, exported, tmp_path):
         "model": "dit-tiny", "target": "onnxruntime", "precision": "fp16", "opset": 23, "batch_size": 4, "inputs": None,
         "settings": {"depth": 3, "hidden_size": 64}, "weights": weights, "atol": 1e-4, "rtol": 1e-3, "min_psnr": 60.0, "seed": 7,
         "force": True, "dry_run": False, "output": tmp_path / "out", "options": {"threads": "2"},
+        "calibration_data": str(tmp_path), "calibration_size": 16, "calibration_method": "max",
     }  # fmt: skip
+
+
+def test_calibration_on_random_data_is_asked_for_in_that_word(run, exported):
+    call = ("export", "dit-tiny", "--target", "onnxruntime", "--dry-run", "--format", "json")
+    assert run(*call, "--calibration-data", "random").exit_code == 0
+    assert exported[0]["calibration_data"] == "random"
+    result = run(*call, "--calibration-data", "Random")
+    assert result.exit_code == 2
+    assert "--calibration-data: Random does not exist" in result.stderr
+    assert "or the word `random`" in result.stderr
+    assert run(*call, "--calibration-size", "0").exit_code == 2
 
 
 def test_config_gives_defaults_and_the_command_line_wins(run, exported, tmp_path):
@@ -211,7 +229,7 @@ def test_config_gives_defaults_and_the_command_line_wins(run, exported, tmp_path
     ("text", "message"),
     [
         ("sead: 1", "unknown key of the --config file 'sead' (fix: did you mean seed"),
-        ("batch_size: 1", "did you mean batch-size?"),
+        ("batch_size: 1", "did you mean batch-size"),
         ("config: other.yaml", "unknown key of the --config file 'config'"),
         ("opset: 20.5", "--opset in the --config file: got '20.5', expected a number"),
         ("opset: true", "--opset in the --config file: got 'True'"),

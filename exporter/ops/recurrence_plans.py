@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from . import recurrence_gpu as kernels
 from .gpu.plan import Launch, Plan, Workspace
@@ -26,6 +26,7 @@ class Recurrence:
         scaled: y is multiplied by the attribute scale.
         fits: What the plans ask for besides their sizes.
         label: The start of the plans' names.
+        types: Dtypes of inputs and outputs that are not as the schema says.
     """
 
     form: str
@@ -37,60 +38,49 @@ class Recurrence:
     scaled: bool = True
     fits: str = "1"
     label: str = ""
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Sizes that some constants serve."""
-
-    name: str
-    block: int
-    fits: str
-    prefer: str = "1"
-    divisible: frozenset[str] = frozenset()
-
-
-_ALIGNED = frozenset({"key", "value"})
-_SHAPES = (
-    _Shape("aligned", 64, "key % 16 == 0 and value % 16 == 0", "key > 16 or value > 16", _ALIGNED),
-    _Shape("any", 16, "1"),
-)
-# A program that holds the state holds all keys: (padded key, block of value, warps).
-_STATES = ((64, 16, 8),)
+# Keys and values that one program takes, and warps.
 _RECURRENT = ((64, 16, 1), (256, 16, 4))
+_BLOCK = 64
+# Rows of 16-bit numbers start at multiples of 16 bytes.
+_MULTIPLE, _DIVISIBLE = 8, frozenset({"key", "value"})
+_ALIGNED = f"key % {_MULTIPLE} == 0 and value % {_MULTIPLE} == 0"
+# A program that holds the state holds all keys, in tiles of 64: (tiles, block of values, warps).
+_STATES = ((1, 16, 8), (2, 16, 8), (4, 16, 8))
 
 
 def plans(recurrence: Recurrence, dtype: str) -> Iterator[Plan]:
-    """The plans of a node type for one dtype of the activations, the preferred ones first."""
+    """The plans of a node type for one dtype of the activations, the preferred ones first.
+
+    Chunks are for widths that are multiples of 8, as they are in models: others go token by token.
+    """
     for key, block, warps in _RECURRENT:
         yield _recurrent(recurrence, dtype, key, block, warps, "one token after the other", "length <= 16")
-    for shape in _SHAPES:
-        if recurrence.removal is None:
-            yield _additive(recurrence, dtype, shape)
-        else:
-            # 128 keys do not fit the registers of a block in this form: they are left to the recurrent kernel.
-            for key, block, warps in _STATES:
-                yield _corrected(recurrence, dtype, shape, key, block, warps)
-    if recurrence.removal is not None:
-        yield _recurrent(recurrence, dtype, *_RECURRENT[-1], "one token after the other, long", "1")
+    if recurrence.removal is None:
+        yield _additive(recurrence, dtype)
+    else:
+        for tiles, block, warps in _STATES:
+            yield _corrected(recurrence, dtype, tiles, block, warps)
+    for key, block, warps in _RECURRENT:
+        yield _recurrent(recurrence, dtype, key, block, warps, "one token after the other, long", "1")
 
 
 def _workspace(r: Recurrence, *more: Workspace) -> tuple[Workspace, ...]:
     common: tuple[Workspace, ...] = (Workspace("states", "float32", ("batch", r.heads, "chunks", "key", "value")),)
-    if r.decay:
+    if r.decay or r.removal is not None:
         common += (Workspace("totals", "float32", ("batch", r.heads, "chunks", "key")),)
     return common + more
 
 
-def _launch(
-    r: Recurrence, shape: _Shape, kernel: object, grid: tuple[str, str, str], constants: Mapping[str, int | bool], **extra: object
-) -> Launch:
+def _launch(r: Recurrence, kernel: object, grid: tuple[str, str, str], constants: Mapping[str, int | bool], **extra: object) -> Launch:
     parameters = kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]  # type: ignore[attr-defined]
-    names = {"heads": r.heads, "repeats": r.repeats} | dict(r.names)
+    names = {"heads": r.heads, "repeats": r.repeats, "gated": str(int(r.decay > 0))} | dict(r.names)
     if not r.decay:  # what is never touched is some address
-        names |= {"decay": r.names["k"], "totals": "states"}
+        names |= {"decay": "y"} | ({"totals": "states"} if r.removal is None else {})
     rename = {p: names[p] for p in parameters if p in names and p not in constants and names[p] != p}
-    return Launch(kernel, grid, constants, rename, divisible=shape.divisible.intersection(parameters), **extra)  # type: ignore[arg-type]
+    return Launch(kernel, grid, constants, rename, divisible=_DIVISIBLE.intersection(parameters), multiple=_MULTIPLE, **extra)  # type: ignore[arg-type]
 
 
 def _plan(
@@ -98,78 +88,99 @@ def _plan(
 ) -> Plan:
     sizes = {"chunks": f"cdiv(length, {CHUNK})"}
     conditions = " and ".join(text for text in (r.fits, fits) if text != "1") or "1"
-    return Plan(f"{r.label}{name}", r.form, dtype, launches, sizes, workspace, conditions, prefer)
-
-
-def _states(r: Recurrence, shape: _Shape) -> Launch:
-    constants = {"DECAY": r.decay, "C": CHUNK, "BK": shape.block, "BV": shape.block}
-    grid = ("chunks", f"batch*{r.heads}", f"cdiv(key, {shape.block})*cdiv(value, {shape.block})")
-    return _launch(r, shape, kernels.chunk_states, grid, constants)
-
-
-def _outputs(r: Recurrence, shape: _Shape) -> Launch:
-    constants = {
-        "SCALED": r.scaled, "GIVEN": r.removal is not False, "SOLVED": r.removal is not None,
-        "DECAY": r.decay, "C": CHUNK, "BK": 16 if r.decay == 2 else shape.block, "BV": shape.block,
-    }  # fmt: skip
-    grid = ("chunks", f"batch*{r.heads}*({r.repeats})", f"cdiv(value, {shape.block})")
-    return _launch(r, shape, kernels.chunk_outputs, grid, constants, warps=8 if r.decay == 2 else 4)
+    return Plan(f"{r.label}{name}", r.form, dtype, launches, sizes, workspace, conditions, prefer, r.types)
 
 
 def _recurrent(r: Recurrence, dtype: str, key: int, block: int, warps: int, name: str, prefer: str) -> Plan:
-    rule = 0 if r.removal is None else 2 if r.removal else 1
-    constants = {"SCALED": r.scaled, "RULE": rule, "DECAY": r.decay, "KEY": key, "BV": block}
-    grid = (f"cdiv(value, {block})", f"batch*{r.heads}", "1")
-    launch = _launch(r, _SHAPES[-1], kernels.recurrent, grid, constants, warps=warps)
+    launch = _launch(
+        r,
+        kernels.recurrent,
+        (f"cdiv(value, {block})", f"batch*{r.heads}", "1"),
+        {"SCALED": r.scaled, "KEY": key, "BV": block},
+        warps=warps,
+    )
+    rule = {None: "0", False: "1", True: "2"}[r.removal]
+    rename = {**launch.rename, "rule": rule, "decays": ("0", "1", "key")[r.decay]}
+    launch = replace(launch, rename=rename, divisible=frozenset())
     return _plan(r, dtype, f"{name}, {key} keys", (launch,), (), f"key <= {key}", prefer)
 
 
-def _products(r: Recurrence, shape: _Shape, x: str, y: str, to: str, removal: bool) -> Launch:
-    names = {"x": r.names.get(x, x), "y": r.names.get(y, y), "products": to}
+def _states(r: Recurrence) -> Launch:
+    constants = {"DECAY": r.decay, "C": CHUNK, "BK": _BLOCK, "BV": _BLOCK}
+    grid = ("chunks", f"batch*{r.heads}", f"cdiv(key, {_BLOCK})*cdiv(value, {_BLOCK})")
+    return _launch(r, kernels.chunk_states, grid, constants)
+
+
+def _products(r: Recurrence, x: str, y: str, to: str, *, removal: bool) -> Launch:
+    """Products of x and y for the tokens of a chunk; x has q's heads unless it is a removal key."""
+    repeats = "1" if removal else r.repeats
+    names = {"x": r.names.get(x, x), "y": r.names.get(y, y), "products": to, "repeats": repeats}
     constants = {"BEFORE": removal, "STRICT": removal, "C": CHUNK, "BK": 16}
-    launch = _launch(r, shape, kernels.chunk_products, ("chunks", f"batch*{r.heads}", "1"), constants, warps=8)
+    launch = _launch(r, kernels.chunk_products, ("chunks", f"batch*{r.heads}*({repeats})", "1"), constants, warps=8)
     return replace(launch, rename={**launch.rename, **names})
 
 
-def _additive(r: Recurrence, dtype: str, shape: _Shape) -> Plan:
-    carry = _launch(r, shape, kernels.carry_states, ("cdiv(key*value, 256)", f"batch*{r.heads}", "1"), {"DECAY": r.decay, "B": 256})
-    launches = (_states(r, shape), carry, _outputs(r, shape))
-    return _plan(r, dtype, shape.name, launches, _workspace(r), shape.fits, shape.prefer)
+def _square(name: str, heads: str) -> Workspace:
+    return Workspace(name, "float32", ("batch", heads, "chunks", str(CHUNK), str(CHUNK)))
 
 
-def _corrected(r: Recurrence, dtype: str, shape: _Shape, key: int, block: int, warps: int) -> Plan:
+def _outputs(r: Recurrence, dtype: str) -> tuple[tuple[Launch, ...], tuple[Workspace, ...]]:
+    """The launches from the states before each chunk to y, and the workspace between them."""
+    given, solved = r.removal is not False, r.removal is not None
+    decay = max(r.decay, int(solved))  # the delta rule without decay is the one with, where none is
+    constants = {
+        "SCALED": r.scaled, "GIVEN": given, "SOLVED": solved, "DECAY": decay, "C": CHUNK, "BK": 16 if decay == 2 else _BLOCK, "BV": _BLOCK,
+    }  # fmt: skip
+    grid = ("chunks", f"batch*{r.heads}*({r.repeats})", f"cdiv(value, {_BLOCK})")
+    launch = _launch(r, kernels.chunk_outputs, grid, constants, warps=8 if decay == 2 or dtype == "float32" else 4)
+    wanted: dict[str, str] = {}
+    if decay == 2:
+        wanted = ({"given_products": "k"} if given else {}) | ({"solved_products": "b" if given else "k"} if solved else {})
+    unread = [p for p in ("given_products", "solved_products", *(() if solved else ("solutions",))) if p not in wanted]
+    launch = replace(launch, rename={**launch.rename, **dict.fromkeys(unread, "states")})
+    products = tuple(_products(r, "q", key, to, removal=False) for to, key in wanted.items())
+    return (*products, launch), tuple(_square(to, f"{r.heads}*({r.repeats})") for to in wanted)
+
+
+def _additive(r: Recurrence, dtype: str) -> Plan:
+    carry = _launch(r, kernels.carry_states, ("cdiv(key*value, 256)", f"batch*{r.heads}", "1"), {"B": 256})
+    outputs, workspace = _outputs(r, dtype)
+    return _plan(r, dtype, "chunks", (_states(r), carry, *outputs), _workspace(r, *workspace), _ALIGNED, "1")
+
+
+def _corrected(r: Recurrence, dtype: str, tiles: int, block: int, warps: int) -> Plan:
     heads = f"batch*{r.heads}"
-    block_s = min(shape.block, 32)
-    common = {"REMOVAL": bool(r.removal), "DECAY": r.decay, "C": CHUNK}
+    decay = max(r.decay, 1)
+    common = {"REMOVAL": bool(r.removal), "C": CHUNK}
     launches: tuple[Launch, ...] = (
         _launch(
-            r, shape, kernels.chunk_inverses, ("chunks", heads, "1"), common | {"BK": 16 if r.decay == 2 else min(shape.block, 32)}, warps=8
+            r,
+            kernels.chunk_inverses,
+            ("chunks", heads, "1"),
+            common | {"DECAY": decay, "BK": 16 if decay == 2 else 32},
+            warps=8,
         ),
         _launch(
             r,
-            shape,
             kernels.chunk_solutions,
-            ("chunks", heads, f"cdiv(value, {block_s}) + cdiv(key, {block_s})"),
-            common | {"B": block_s},
+            ("chunks", heads, "cdiv(value, 32) + cdiv(key, 32)"),
+            common | {"DECAY": decay, "B": 32},
         ),
         _launch(
             r,
-            shape,
             kernels.carry_corrected,
             (f"cdiv(value, {block})", heads, "1"),
-            common | {"KEY": key, "BV": block},
+            common | {"TILES": tiles, "BK": _BLOCK, "BV": block},
             warps=warps,
         ),
-        _outputs(r, shape),
     )
     rows = ("batch", r.heads, "length")
-    square = ("batch", r.heads, "chunks", str(CHUNK), str(CHUNK))
-    workspace = [Workspace("inverses", "float32", square), Workspace("solutions", "float32", (*rows, "value"))]
+    workspace = [_square("inverses", r.heads), Workspace("solutions", "float32", (*rows, "value"))]
     workspace += [Workspace(name, "float32", (*rows, "key")) for name in ("reads", "writes")]
     if r.removal:
-        launches = (_states(r, shape), *launches)
-        products = (("a", "k", "mixed", True), ("q", "k", "given_products", False), ("q", "b", "solved_products", False))
-        launches = (*(_products(r, shape, *names) for names in products), *launches)
-        workspace += [Workspace(name, "float32", square) for _, _, name, _ in products]
-    fits = " and ".join(text for text in (shape.fits, f"key <= {key}") if text != "1")
-    return _plan(r, dtype, f"{shape.name}, {key} keys", launches, _workspace(r, *workspace), fits, shape.prefer)
+        launches = (_products(r, "a", "k", "mixed", removal=True), _states(r), *launches)
+        workspace.append(_square("mixed", r.heads))
+    outputs, more = _outputs(r, dtype)
+    keys = tiles * _BLOCK
+    fits = f"{_ALIGNED} and key <= {keys}"
+    return _plan(r, dtype, f"chunks, {keys} keys", (*launches, *outputs), _workspace(r, *workspace, *more), fits, "1")

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import IsthmusError
-from ._rewrite import dims
 from .fp8_layers import Excluded, Layer, Selection
+from .write_attention import write_attention
 
 E4M3_MAX = 448.0
 _E4M3 = ir.DataType.FLOAT8E4M3FN
@@ -88,10 +88,8 @@ class QuantizeFp8(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(self.written))
 
     def _weight(self, graph: _Writer, node: ir.Node, layer: Layer) -> None:
-        activation, weight = node.inputs[0], node.inputs[1]
-        assert activation is not None
-        assert weight is not None
-        node.replace_input_with(0, graph.quantized(activation, self._ranges[layer.observed[0]], node))
+        weight = _input(node, 1)
+        graph.quantize(node, 0, self._ranges[layer.observed[0]])
         source = self._original.graph.initializers.get(weight.name or "", weight).const_value
         assert source is not None
         node.replace_input_with(1, graph.weight(weight, source, layer.axis, node))
@@ -100,28 +98,26 @@ class QuantizeFp8(ir.passes.InPlacePass):
         self.written.append((layer.node, layer.module))
 
     def _attention(self, graph: _Writer, node: ir.Node, layer: Layer) -> None:
-        q, k, v = node.inputs[:3]
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        q_dims, k_dims, v_dims = dims(q) or [], dims(k) or [], dims(v) or []
-        attribute = node.attributes.get("scale")
-        scale = attribute.as_float() if attribute is not None else 1.0 / math.sqrt(int(q_dims[3] or 0))
-        ranges = [self._ranges[name] for name in layer.observed]
-        scaled = graph.add(node, "Mul", [q, graph.constant(np.array(scale), q)], "scaled", q.shape)
-        read = graph.quantized(scaled, ranges[0] * abs(scale), node)
-        keys = graph.quantized(k, ranges[1], node)
-        keys = graph.add(node, "Transpose", [keys], "keys", [*k_dims[:2], k_dims[3], k_dims[2]], {"perm": [0, 1, 3, 2]})
-        scores = graph.add(node, "MatMul", [read, keys], "scores", [*q_dims[:3], k_dims[2]])
-        weights = graph.add(node, "Softmax", [scores], "softmax", scores.shape, {"axis": -1})
-        weights = graph.quantized(weights, SOFTMAX_RANGE, node)
-        result = graph.add(node, "MatMul", [weights, graph.quantized(v, ranges[2], node)], "values", [*q_dims[:3], v_dims[3]])
-        old = node.outputs[0]
-        name = old.name
-        old.replace_all_uses_with(result, replace_graph_outputs=True)
-        old.name, result.name = None, name
-        graph.graph.remove(node, safe=True)
-        self.written += [(f"{layer.node}/scores", layer.module), (f"{layer.node}/values", layer.module)]
+        q, k, v = (self._ranges[name] for name in layer.observed)
+        dtype = node.outputs[0].dtype
+        assert dtype is not None
+        # A softmax in float32, with casts around it, would keep the products from being fused.
+        written = write_attention(node, graph.graph, softmax=dtype)
+        scaled = written.scores.inputs[0]
+        assert scaled is not None
+        factor = ir.convenience.get_const_tensor(_input(scaled.producer(), 1))
+        assert factor is not None
+        graph.quantize(written.scores, 0, q * abs(float(factor.numpy())))
+        graph.quantize(written.keys, 0, k)
+        graph.quantize(written.values, 0, SOFTMAX_RANGE)
+        graph.quantize(written.values, 1, v)
+        self.written += [(f"{layer.node}/{part}", layer.module) for part in ("scores", "values")]
+
+
+def _input(node: ir.Node | None, index: int) -> ir.Value:
+    value = node.inputs[index] if node is not None else None
+    assert value is not None
+    return value
 
 
 class _Writer:
@@ -132,19 +128,6 @@ class _Writer:
         self._quantized: dict[tuple[ir.Value, float], ir.Value] = {}
         self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
         self._names: dict[str, int] = {}
-
-    def add(
-        self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, shape: Any, attributes: dict[str, Any] | None = None
-    ) -> ir.Value:
-        """The result of a new node in front of another, whose module it has. Its name is the other's and its own."""
-        node = ir.node(op_type, inputs, attributes or {}, name=f"{before.name}/{name}")
-        node.metadata_props.update(before.metadata_props)
-        value = node.outputs[0]
-        dtype = _E4M3 if op_type == "QuantizeLinear" else inputs[1].dtype if op_type == "DequantizeLinear" else inputs[0].dtype
-        assert dtype is not None
-        value.name, value.type, value.shape = node.name, ir.TensorType(dtype), ir.Shape(shape)
-        self.graph.insert_before(before, node)
-        return value
 
     def constant(self, array: np.ndarray[Any, Any], like: ir.Value) -> ir.Value:
         """A constant in the type of a value."""
@@ -158,13 +141,16 @@ class _Writer:
         self.graph.register_initializer(value)
         return value
 
-    def quantized(self, value: ir.Value, largest: float, before: ir.Node) -> ir.Value:
-        """The value after quantising and dequantising."""
+    def quantize(self, node: ir.Node, index: int, largest: float) -> None:
+        """Makes an input of a node come through quantising and dequantising."""
+        node.replace_input_with(index, self._quantized_form(_input(node, index), largest, node))
+
+    def _quantized_form(self, value: ir.Value, largest: float, before: ir.Node) -> ir.Value:
         scale = float(scales(np.array(largest), value.dtype))
         if (value, scale) not in self._quantized:
             factor = self.constant(np.array(scale), value)
-            q = self.named(before, "QuantizeLinear", [value, factor], f"{value.name}.quantized", value, {"output_dtype": int(_E4M3)})
-            self._quantized[value, scale] = self.named(before, "DequantizeLinear", [q, factor], f"{value.name}.dequantized", value, {})
+            q = self._named(before, "QuantizeLinear", [value, factor], f"{value.name}.quantized", value, {"output_dtype": int(_E4M3)})
+            self._quantized[value, scale] = self._named(before, "DequantizeLinear", [q, factor], f"{value.name}.dequantized", value, {})
         return self._quantized[value, scale]
 
     def weight(self, weight: ir.Value, source: ir.TensorProtocol, axis: int, before: ir.Node) -> ir.Value:
@@ -183,19 +169,21 @@ class _Writer:
             self.graph.register_initializer(value)
             factor = self.constant(factors, weight)
             dequantized = f"{name}.dequantized"
-            self._weights[weight, axis] = self.named(before, "DequantizeLinear", [value, factor], dequantized, weight, {"axis": axis})
+            self._weights[weight, axis] = self._named(before, "DequantizeLinear", [value, factor], dequantized, weight, {"axis": axis})
         return self._weights[weight, axis]
 
-    def named(
+    def _named(
         self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, like: ir.Value, attributes: dict[str, Any]
     ) -> ir.Value:
-        """As `add`, with a name of its own, and a shape like another value's. A value with two scales is written twice."""
-        result = self.add(before, op_type, inputs, name, like.shape, attributes)
-        node = result.producer()
-        assert node is not None
+        """The result of a new node in front of another, whose module it has, with the shape of another value. A name is used once."""
         count = self._names[name] = self._names.get(name, 0) + 1
-        node.name = result.name = name if count == 1 else f"{name}.{count}"
-        return result
+        node = ir.node(op_type, inputs, attributes, name=name if count == 1 else f"{name}.{count}")
+        node.metadata_props.update(before.metadata_props)
+        value, dtype = node.outputs[0], _E4M3 if op_type == "QuantizeLinear" else inputs[1].dtype
+        assert dtype is not None
+        value.name, value.type, value.shape = node.name, ir.TensorType(dtype), like.shape
+        self.graph.insert_before(before, node)
+        return value
 
 
 def scales(largest: np.ndarray[Any, Any], dtype: ir.DataType | None) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -30,7 +30,7 @@ from isthmus.calibration.cases import cases_of_example, cases_of_spec, draw_inpu
 from isthmus.calibration.data import RANDOM, CalibrationData, check_size
 from isthmus.calibration.data import calibration_data as read_data
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
-from isthmus.calibration.observe import Observer, check_graph
+from isthmus.calibration.observe import MAX, Observer, check_graph
 from isthmus.calibration.report import Pictures, render, rewrite_report, write_report
 from isthmus.calibration.traced import check_rounded, check_trace
 from isthmus.calibration.verify import SAMPLE_TOLERANCES, module_runner, run_stage, to_array
@@ -69,6 +69,7 @@ def export(
     dynamic: Sequence[Dynamic] = (),
     calibration_data: str | None = None,
     calibration_size: int | None = None,
+    calibration_method: str | None = None,
     atol: float | None = None,
     rtol: float | None = None,
     min_psnr: float | None = None,
@@ -95,6 +96,7 @@ def export(
         calibration_data: For precisions that are calibrated: an `.npz` file or a folder of them (see `calibration.data`), or `random`; by
             default what the model sees while it samples, where it has trained weights.
         calibration_size: Number of sets of calibration inputs.
+        calibration_method: How ranges are chosen: `max`, the largest |value| that was seen.
         atol: With `rtol`, replaces the bound on the relative error by |error| <= atol + rtol |reference|.
         rtol: See `atol`.
         min_psnr: Replaces the bound on the PSNR, in dB.
@@ -119,7 +121,9 @@ def export(
     chosen.check_machine(resolved)
     check_size(calibration_size)
     calibrated = precision in chosen.calibrated
-    if not calibrated and (calibration_data is not None or calibration_size is not None):
+    if calibration_method not in (None, MAX):
+        raise UnknownNameError("calibration method", calibration_method, [MAX])
+    if not calibrated and (calibration_data, calibration_size, calibration_method) != (None, None, None):
         raise UsageError(
             f"{target} in {precision} is not calibrated, so calibration data has no use",
             hint=f"leave it out, or choose --precision {' or '.join(chosen.calibrated)}" if chosen.calibrated else "leave it out",

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isthmus.exporter.bundle import StageResult
-    from isthmus.pipeline import ExportResult, VerifyResult
+    from isthmus.findings import LintReport
+    from isthmus.results import BuildResult, ExportResult, VerifyResult
+
+_MODULES = 10  # of those that are not wholly in FP8, how many are named
 
 
 class Progress:
@@ -109,6 +112,36 @@ def print_verified(result: VerifyResult) -> None:
     """The verdict of every stage that was run again."""
     print(f"{result.bundle}: its files are what the manifest says, and it is {result.verdict}")
     _print_stages(result.stages)
+
+
+def print_built(result: BuildResult) -> None:
+    """What the build made of every stage that it changed."""
+    manifest = result.manifest
+    print(f"{result.bundle}: {manifest.model} for {manifest.device or manifest.target}: {manifest.verdict}")
+    _print_stages(result.stages)
+
+
+def print_findings(report: LintReport) -> None:
+    """A line for each finding, the share of FP8 with what lacks it, and the number of findings."""
+    for finding in report.findings:
+        print(finding)
+    covered = report.coverage
+    if covered is not None:
+        print(f"FP8: {covered.share:.1%} of {covered.flops / 1e9:.4g} GFLOP in matrix products")
+        half = sorted((row for row in covered.rows if row.fp8 < row.flops), key=lambda row: row.fp8 - row.flops)
+        rows = [
+            (row.module or "-", f"{row.flops / 1e9:.4g}", f"{row.fp8 / row.flops:.1%}", f"{row.flops / covered.flops:.1%}")
+            for row in half[:_MODULES]
+        ]
+        if rows:
+            print_table(("module", "GFLOP", "in FP8", "of all"), rows)
+        if len(half) > _MODULES:
+            print(f"and {len(half) - _MODULES} more: --format json has them")
+        for reason in covered.uncounted:
+            print(reason)
+    counts = ", ".join(f"{n} {severity}{'s' if n != 1 and severity != 'info' else ''}" for severity, n in report.counts.items())
+    rules = f"{report.rules} rules{f' of {report.target}' if report.target else ''}"
+    print(f"{report.path}: {counts} ({rules})" if report.rules else f"{report.path}: there are no rules of {report.target}")
 
 
 def _print_stages(stages: Sequence[StageResult]) -> None:

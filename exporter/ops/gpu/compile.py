@@ -25,7 +25,7 @@ ARCHITECTURES = {"sm_89": 89, "sm_90a": 90, "sm_120": 120}
 OPCODES = ("HGMMA", "QGMMA", "HMMA", "QMMA", "LDL", "STL", "MUFU.EX2", "SHFL", "BAR", "LDS", "STS", "LDG", "STG", "LDGSTS")
 """What is counted in the machine code: tensor core products, spills, exponentials, exchanges within a block, memory."""
 
-_VERSION = 2  # of the cache's contents
+_VERSION = 3  # of the cache's contents
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,19 @@ def compile_launch(
     baked = baked or {}
     names = [*launch.kernel.arg_names]
     run_time = {p.name: p.signature() for p in parameters(op, plan, launch) if p.name not in baked}
-    aligned = [n for n, text in run_time.items() if text.startswith("*") or n in launch.divisible]
+    aligned = {n: ALIGNMENT for n, text in run_time.items() if text.startswith("*")} | dict.fromkeys(launch.divisible, launch.multiple)
     signature = {n: run_time.get(n, "constexpr") for n in names}
     constants = {**launch.constants, **baked}
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     key = _key(
-        _VERSION, triton.__version__, launch.kernel.cache_key, architecture, signature, sorted(constants.items()), sorted(aligned), options
+        _VERSION,
+        triton.__version__,
+        launch.kernel.cache_key,
+        architecture,
+        signature,
+        sorted(constants.items()),
+        sorted(aligned.items()),
+        options,
     )
     folder = cache_folder() / key[:2] / key
     if not (folder / "facts.json").is_file():
@@ -137,7 +144,7 @@ def _compile(
     architecture: str,
     signature: dict[str, str],
     constants: dict[str, Any],
-    aligned: list[str],
+    aligned: dict[str, int],
     options: dict[str, int],
     folder: Path,
 ) -> None:
@@ -149,7 +156,7 @@ def _compile(
         fn=launch.kernel,
         signature=signature,
         constexprs=constants,
-        attrs={(names.index(n),): [["tt.divisibility", ALIGNMENT]] for n in aligned},
+        attrs={(names.index(n),): [["tt.divisibility", multiple]] for n, multiple in aligned.items()},
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))

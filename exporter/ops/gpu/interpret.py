@@ -47,7 +47,8 @@ def run(op: CustomOp, inputs: Arrays, attributes: Mapping[str, Any], plan: plans
     sizes = op.infer({name: x.shape for name, x in given.items()}, attributes)
     form = op.form(frozenset(given), attributes)
     dtype = given[op.inputs[0].name].dtype.name
-    plan = plans.choose(op.part("gpu").plans(), form.op_type, dtype, sizes) if plan is None else plan
+    if plan is None:
+        plan = plans.choose(op.part("gpu").plans(), form.op_type, dtype, sizes, {name: x.dtype.name for name, x in given.items()})
     known = plans.values(op, plan, sizes, attributes)
     types, shapes = plans.dtypes(op, plan), plans.shapes(op, plan, known)
     tensors = {name: _tensor(x, types[name]) for name, x in given.items()}

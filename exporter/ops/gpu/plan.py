@@ -59,7 +59,8 @@ class Launch:
         warps: Warps of a program: blocks have 32 times as many threads.
         stages: Depth of the software pipeline.
         when: A condition; the kernel is launched when it holds.
-        divisible: Integer parameters that are multiples of 16 wherever the plan fits, so that rows are aligned.
+        divisible: Integer parameters that are multiples of `multiple` wherever the plan fits, so that rows are aligned.
+        multiple: A power of two. Loads are up to 16 bytes wide where as many elements are.
     """
 
     kernel: Any
@@ -70,6 +71,7 @@ class Launch:
     stages: int = 1
     when: str = "1"
     divisible: frozenset[str] = frozenset()
+    multiple: int = 16
 
     @property
     def name(self) -> str:
@@ -182,7 +184,7 @@ def values(
     return known
 
 
-def choose(plans: Iterable[Plan], op_type: str, dtype: str, sizes: Mapping[str, int]) -> Plan:
+def choose(plans: Iterable[Plan], op_type: str, dtype: str, sizes: Mapping[str, int], types: Mapping[str, str] | None = None) -> Plan:
     """The first plan that fits and is preferred.
 
     Args:
@@ -190,20 +192,29 @@ def choose(plans: Iterable[Plan], op_type: str, dtype: str, sizes: Mapping[str, 
         op_type: The node type.
         dtype: Of the activations.
         sizes: The value of every name in the shapes.
+        types: Dtypes of inputs, where plans differ in them.
 
     Raises:
         UsageError: None fits; the reasons are the conditions that do not hold.
     """
     reasons = []
+    takes: set[str] = set()
     for plan in plans:
+        if plan.form == op_type:
+            takes.add(plan.dtype)
         if (plan.form, plan.dtype) != (op_type, dtype):
+            continue
+        if wrong := [f"{n} in {t}" for n, t in plan.types.items() if (types or {}).get(n, t) != t]:
+            reasons.append(Reason(f"needs {' and '.join(wrong)}", where=f"kernel {plan.name}"))
             continue
         if not evaluate(plan.fits, sizes):
             reasons.append(Reason(f"needs {plan.fits}", where=f"kernel {plan.name}"))
         elif evaluate(plan.prefer, sizes):
             return plan
     if not reasons:
-        reasons = [Reason(f"no kernel takes {dtype}", where=op_type)]
+        how = "dequantize" if dtype.startswith("float8") else "cast"
+        fix = f"{how} the activations before the node: it takes {', '.join(sorted(takes))}"
+        reasons = [Reason(f"no kernel takes {dtype}", where=op_type, fix=fix if takes else "")]
     got = ", ".join(f"{name} = {size}" for name, size in sizes.items())
     raise UsageError(f"no GPU kernel of {op_type} takes these sizes: {got}", reasons=reasons)
 

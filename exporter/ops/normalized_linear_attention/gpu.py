@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..gpu.plan import Launch, Plan, Workspace
-from ..recurrence_gpu import _left_dot, _rounded_dot
+from ..recurrence_gpu.products import exact_dot, left_dot
 
 TENSOR_CORES = True
 """Whether the kernels for float16 and bfloat16 are to use tensor cores."""
@@ -62,7 +62,7 @@ def key_value_sums(
         features = tl.load(k + k_at, mask=rows & in_key, other=0.0)
         features = tl.where(features > 0, features, 0.0).to(k.dtype.element_ty)
         v_rows = tl.load(v + v_at, mask=rows & in_value, other=0.0)
-        total += _rounded_dot(tl.trans(features), v_rows, False, k.dtype.element_ty)
+        total += exact_dot(tl.trans(features), v_rows, k.dtype.element_ty)
         normalizer += tl.sum(features.to(tl.float32), 0)
     place = series.to(tl.int64) * stretches + stretch
     inside = (columns < key)[:, None] & in_value
@@ -114,7 +114,7 @@ def normalized_outputs(
         features = tl.where(features > 0, features, 0.0).to(q.dtype.element_ty)
         s_at = series.to(tl.int64) * key * value + (columns[:, None] * value + value_columns[None, :])
         sums = tl.load(sum_totals + s_at, mask=(columns < key)[:, None] & in_value, other=0.0)
-        result += _left_dot(features, sums, q.dtype.element_ty)
+        result += left_dot(features, sums, q.dtype.element_ty)
         z = tl.load(normalizer_totals + series.to(tl.int64) * key + columns, mask=columns < key, other=0.0)
         normalizer += tl.sum(features.to(tl.float32) * z[None, :], 1)
     # A row of zeros beyond the length would be 0 / 0 if eps is 0.

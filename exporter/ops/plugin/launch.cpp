@@ -140,10 +140,15 @@ std::vector<std::int64_t> values_of(const Plan& plan, const Sizes& sizes) {
   return values;
 }
 
-const Plan* choose(const std::string& form, Element activations, const Sizes& sizes, std::string& reason) {
+const Plan* choose(const std::string& form, const std::function<std::string(const Plan&)>& mismatch, const Sizes& sizes,
+                   std::string& reason) {
   std::string refused;
   for (const Plan& plan : plans()) {
-    if (plan.form != form || plan.activations != activations) continue;
+    if (plan.form != form) continue;
+    if (std::string wrong = mismatch(plan); !wrong.empty()) {
+      reason = wrong;
+      continue;
+    }
     const std::vector<std::int64_t> values = values_of(plan, sizes);
     if (plan.fits(values.data()) == 0) {
       refused += std::string(refused.empty() ? "" : ", ") + plan.name;
@@ -151,8 +156,8 @@ const Plan* choose(const std::string& form, Element activations, const Sizes& si
       return &plan;
     }
   }
-  reason = refused.empty() ? "no kernel takes " + std::string(name_of(activations)) : "no kernel takes these sizes (tried " + refused + "):";
   if (!refused.empty()) {
+    reason = "no kernel takes these sizes (tried " + refused + "):";
     for (const auto& item : sizes) reason += " " + item.first + " = " + std::to_string(item.second);
   }
   return nullptr;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -89,8 +90,10 @@ const std::vector<Plan>& plans();
 // The element type of a tensor in a plan.
 const Tensor* find(const Plan& plan, const std::string& name);
 
-// The first plan of the form and dtype that fits and is preferred; null, with the reason, where there is none.
-const Plan* choose(const std::string& form, Element activations, const Sizes& sizes, std::string& reason);
+// The first plan of the form that takes the inputs' types (`mismatch` says why one does not), fits and is preferred; null, with the reason,
+// where there is none.
+const Plan* choose(const std::string& form, const std::function<std::string(const Plan&)>& mismatch, const Sizes& sizes,
+                   std::string& reason);
 
 // The values that a plan's expressions read.
 std::vector<std::int64_t> values_of(const Plan& plan, const Sizes& sizes);

@@ -91,6 +91,18 @@ std::string mismatch(const Plan& plan, const Node& node, const std::vector<DataT
   return "";
 }
 
+// What can be done about activations that no kernel of the form takes.
+std::string remedy(const std::string& form, DataType type) {
+  std::string names;
+  for (const Element element : {Element::float32, Element::float16, Element::bfloat16, Element::float8}) {
+    bool taken = false;
+    for (const Plan& plan : plans()) taken = taken || (plan.form == form && plan.activations == element);
+    if (taken) names += (names.empty() ? "" : ", ") + std::string(isthmus::name_of(element));
+  }
+  const char* how = type == DataType::kFP8 ? "dequantize the inputs before the node (DequantizeLinear)" : "cast the inputs before the node";
+  return std::string(how) + ": it takes " + names;
+}
+
 // A plan that takes inputs of these types, the sizes aside: it says what the types of the outputs are.
 const Plan* plan_of_types(const Node& node, const std::vector<DataType>& types, std::string& reason) {
   const std::optional<Element> activations = element_of(types.at(0));
@@ -99,7 +111,9 @@ const Plan* plan_of_types(const Node& node, const std::vector<DataType>& types, 
     reason = mismatch(plan, node, types);
     if (reason.empty()) return &plan;
   }
-  if (reason.empty()) reason = node.inputs.at(0) + " is " + name_of(types[0]) + ", which no kernel of " + node.form + " takes";
+  if (reason.empty()) {
+    reason = node.inputs.at(0) + " is " + name_of(types[0]) + ", which no kernel of " + node.form + " takes; " + remedy(node.form, types[0]);
+  }
   return nullptr;
 }
 
@@ -308,8 +322,11 @@ std::int32_t Plugin::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in
       if (!known) continue;
       Sizes sizes;
       if (std::string reason = solve(node, shapes.data(), sizes); !reason.empty()) return fail(kWrongSizes, reason);
+      std::vector<DataType> types;
+      for (std::int32_t i = 0; i < input_count; ++i) types.push_back(inputs[i].desc.type);
       std::string reason;
-      if (choose(node.form, element_of(inputs[0].desc.type).value(), sizes, reason) == nullptr) return fail(kWrongSizes, reason);
+      const auto wrong = [&](const Plan& plan) { return mismatch(plan, node, types); };
+      if (choose(node.form, wrong, sizes, reason) == nullptr) return fail(kWrongSizes, reason);
     }
     return kDone;
   });
@@ -373,9 +390,8 @@ std::int32_t Plugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, std
     if (std::string reason = read(static_cast<std::size_t>(input_count), node); !reason.empty()) return fail(kWrongNode, reason);
     if (std::string reason = solve(node, shapes.data(), sizes); !reason.empty()) return fail(kWrongSizes, reason);
     std::string reason;
-    const Plan* plan = choose(node.form, element_of(types.at(0)).value(), sizes, reason);
+    const Plan* plan = choose(node.form, [&](const Plan& one) { return mismatch(one, node, types); }, sizes, reason);
     if (plan == nullptr) return fail(kWrongSizes, reason);
-    if (reason = mismatch(*plan, node, types); !reason.empty()) return fail(kWrongNode, reason);
     Names names;
     used_.clear();
     for (std::size_t i = 0; i < node.inputs.size(); ++i) {

@@ -356,8 +356,8 @@ def _signed(function: Any, name: str, parameters: Sequence[tuple[str, Any]], ret
 
 
 def one_launch(every: Iterable[plans.Plan]) -> tuple[plans.Plan, ...]:
-    """Those plans of a GPU part that a quick plugin can have: one launch, no memory beside it."""
-    return tuple(plan for plan in every if len(plan.launches) == 1 and not plan.workspace)
+    """Those plans of a GPU part that a quick plugin can have: one launch, no memory beside it, activations of one dtype."""
+    return tuple(plan for plan in every if len(plan.launches) == 1 and not plan.workspace and not plan.types)
 
 
 def interpreted(quick: Quick) -> plans.Launch:

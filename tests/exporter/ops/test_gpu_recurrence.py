@@ -46,13 +46,48 @@ def test_every_plan_that_fits_gives_the_same(per_key):
     fitting = [
         p
         for p in op.part("gpu").plans()
-        if (p.form, p.dtype) == ("GatedDeltaLinearAttention", "float32") and plans.evaluate(p.fits, sizes) and "aligned" not in p.name
+        if (p.form, p.dtype) == ("GatedDeltaLinearAttention", "float32") and plans.evaluate(p.fits, sizes) and "long" not in p.name
     ]
-    assert len(fitting) >= 4
+    assert {p.name.rpartition(", ")[2] for p in fitting if "chunks" in p.name} == {"64 keys", "128 keys", "256 keys"}
+    assert {p.name.rpartition(", ")[2] for p in fitting if "chunks" not in p.name} == {"64 keys", "256 keys"}
     for plan in fitting:
         got = interpret.run(op, inputs, ATTRIBUTES, plan)
         _close(got["y"], expected["y"])
         _close(got["last_state"], expected["last_state"])
+
+
+@pytest.mark.parametrize(("key", "chosen"), [(64, "64 keys"), (96, "128 keys"), (200, "256 keys")])
+@pytest.mark.parametrize("rule", ["delta", "gated_delta", "rwkv7"])
+def test_long_keys_are_parallel_over_chunks(rule, key, chosen):
+    """A state of more than 64 keys is carried in tiles of 64, the last of which is not full."""
+    heads = 1
+    inputs = _inputs(per_key=True, heads=heads, key=key)
+    if rule == "rwkv7":
+        op, attributes = OPS["rwkv7"], {"num_heads": heads}
+        inputs = {
+            "r": inputs["q"],
+            **{n: inputs[n] for n in ("decay", "k", "v", "initial_state")},
+            "a": -inputs["k"],
+            "b": 0.5 * inputs["k"],
+        }
+    else:
+        op, attributes = OPS["linear_attention"], {**ATTRIBUTES, "q_num_heads": heads, "kv_num_heads": heads, "update_rule": rule}
+        if rule == "delta":
+            del inputs["decay"]
+    sizes = op.infer({n: x.shape for n, x in inputs.items()}, attributes)
+    plan = plans.choose(op.part("gpu").plans(), op.form(frozenset(inputs), attributes).op_type, "float32", sizes)
+    assert plan.name.endswith(f"chunks, {chosen}")
+    got = interpret.run(op, inputs, attributes)
+    expected = op.part("reference").reference(inputs, attributes)
+    _close(got["y"], expected["y"])
+    _close(got["last_state"], expected["last_state"])
+
+
+def test_widths_of_which_rows_are_not_aligned_go_token_by_token():
+    sizes = {"batch": 1, "length": 100, "q_num_heads": 2, "kv_num_heads": 2, "key": 5, "value": 8, "decays": 1, "betas": 2}
+    every = OPS["linear_attention"].part("gpu").plans()
+    for form in ("PlainLinearAttention", "GatedLinearAttention", "DeltaLinearAttention", "GatedDeltaLinearAttention"):
+        assert plans.choose(every, form, "float16", sizes).name.endswith("one token after the other, long, 64 keys")
 
 
 def test_the_state_carries_over_a_split():

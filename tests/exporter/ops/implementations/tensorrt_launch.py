@@ -15,7 +15,7 @@ from isthmus.exporter.ops.plugin import build, headers
 from isthmus.exporter.ops.plugin.host import Host, Recorder
 
 PART = "tensorrt"
-# In the other dtypes the launches are recorded and held against the plans (test_tensorrt.py), and the plans run as the GPU part.
+# In the other dtypes the launches are recorded and held against the plans (plugin/test_launches.py), and the plans run as the GPU part.
 DTYPES = ("float16",)
 ARITHMETIC = "float32"
 
