@@ -243,16 +243,17 @@ def build(bundle: Path, force: bool, trust: bool, style: str) -> int:
 
 @main.command(short_help="Check a bundle's files, then its accuracy.")
 @_bundle
+@click.option("--trust", is_flag=True, help="Execute an engine, or load a library, in the bundle that was not made here. It can run any code.")
 @format_option()
 @common
-def verify(bundle: Path, style: str) -> int:
+def verify(bundle: Path, trust: bool, style: str) -> int:
     """Checks BUNDLE's integrity (sha256), then its accuracy again."""
     _opened(bundle)
     quiet()
     from isthmus import pipeline
 
     try:
-        result = pipeline.verify(bundle, progress=Progress())
+        result = pipeline.verify(bundle, trust=trust, progress=Progress())
     except AccuracyError as error:
         if style == "text":
             print_verified(error.result)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..exporter.errors import IsthmusError, MachineError
+from ..exporter.passes._rewrite import TRANSPOSE_OF
 from ..exporter.spec import Arrays
 
 _WEIGHTS = "weights"
@@ -37,8 +38,11 @@ class GraphSession:
                 "calibration runs the graph in ONNX Runtime, which is not installed", hint="pip install 'isthmus[cpu]'"
             ) from error
         copy = model.clone()
+        copy.graph.opset_imports["com.microsoft"] = 1
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
+        # Optimisers read weights, and what they would find is the empty file below.
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Packed weights would be a copy of all of them.
         settings.add_session_config_entry("session.disable_prepacking", "1")
         # ONNX Runtime holds addresses of the values, and these hold addresses of the arrays: neither keeps the other alive.
@@ -48,7 +52,7 @@ class GraphSession:
             tensor = value.const_value
             if tensor is None or tensor.nbytes < SHARED:
                 continue
-            array = np.ascontiguousarray(tensor.numpy())
+            array = _shared(value, tensor)
             shared = ort.OrtValue.ortvalue_from_numpy(array)
             self._weights.append((array, shared))
             settings.add_initializer(name, shared)
@@ -78,3 +82,21 @@ class GraphSession:
             return dict(zip(self._names, self._session.run(None, dict(inputs)), strict=True))
         except Exception as error:  # its exception classes live in a private module
             raise IsthmusError(f"ONNX Runtime failed on the graph: {str(error).splitlines()[0]}") from error
+
+
+def _shared(weight: ir.Value, tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
+    """The numbers of a weight, where they are if that is possible.
+
+    PyTorch keeps a linear layer's weight as (outputs, inputs), and ONNX's MatMul reads (inputs, outputs), which is made when it is read.
+    ONNX Runtime's own FusedMatMul reads it as PyTorch keeps it.
+    """
+    original, uses = weight.meta.get(TRANSPOSE_OF), list(weight.uses())
+    readable = all(node.domain == "" and node.op_type == "MatMul" and index == 1 for node, index in uses)
+    if original is None or not readable or len(tensor.shape) != 2:
+        return np.ascontiguousarray(tensor.numpy())
+    for node, _ in uses:
+        node.domain, node.op_type = "com.microsoft", "FusedMatMul"
+        node.attributes["transB"] = ir.AttrInt64("transB", 1)
+    array = np.ascontiguousarray(original.numpy())
+    weight.shape = ir.Shape(array.shape)
+    return array

@@ -18,6 +18,7 @@ from .errors import Reason
 from .ranges import Calibration
 from .registry import Registry
 from .runner import Runner
+from .sampling import LoopSampler
 from .spec import SizeRange
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Job(Generic[O]):
         peaks: Module path to the largest |value| that the module computed on the example inputs; empty in fp32.
         sizes: The range of each named size that occurs in the shapes of the graph's inputs.
         calibration: What was observed on calibration data; None where the precision needs none.
+        loop: The sampler to write as one graph around the model; None for a sampler that calls it from outside.
     """
 
     program: torch.export.ExportedProgram
@@ -67,6 +69,7 @@ class Job(Generic[O]):
     peaks: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, SizeRange] = field(default_factory=dict)
     calibration: Calibration | None = None
+    loop: LoopSampler | None = None
 
 
 @dataclass(frozen=True)
@@ -107,16 +110,18 @@ class Stage:
     """A way to execute a written artifact, and so to verify it.
 
     Attributes:
-        name: One of the bundle's stage names (`onnx`, `native`, `quantized`, `plan`, `mil`, `coreai`, `device`).
+        name: One of the bundle's stage names (`onnx`, `native`, `quantized`, `sampler`, `plan`, `mil`, `coreai`, `device`).
         open: Makes the runner, or None when this machine cannot run the stage.
         reason: Why it cannot; empty when it can.
         required: The user asked for this stage by name: a machine that cannot run it is an error, not a `not run`.
+        sampling: What it runs draws whole pictures (see `sampling`): it takes the case `samples`, and no other.
     """
 
     name: str
     open: Callable[[], Runner] | None
     reason: str = ""
     required: bool = False
+    sampling: bool = False
 
 
 class Target(ABC, Generic[O]):
@@ -128,6 +133,7 @@ class Target(ABC, Generic[O]):
         precisions: What `--precision` may ask for; the first is the default.
         opsets: The ONNX opsets that the lowering accepts; the first is the default.
         calibrated: The precisions whose ranges come from calibration data.
+        samplers: What `--sampler` may ask for, the default first: `step`, a loop outside of the artifact, and `loop`, one in it.
         Options: The target's own options, a pydantic model whose fields become command line options.
     """
 
@@ -135,6 +141,7 @@ class Target(ABC, Generic[O]):
     summary: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     calibrated: ClassVar[tuple[str, ...]] = ()
+    samplers: ClassVar[tuple[str, ...]] = ("step",)
     opsets: ClassVar[tuple[int, ...]]
     Options: ClassVar[type[BaseModel]]
 

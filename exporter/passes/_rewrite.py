@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ..op import DOMAIN
 
 ORIGIN = "isthmus.origin"  # node.meta: the scope.Origin that the node was made for; also on the values of constants that passes made
+TRANSPOSE_OF = "isthmus.transpose_of"  # value.meta: the tensor whose axes an initializer has in reverse, for who can read it as it is
 MADE_BY_PASS = "isthmus.made_by_pass"  # noqa: S105 - value.meta: a constant that a pass made, so that it may be merged and renamed
 
 Array = npt.NDArray[Any]

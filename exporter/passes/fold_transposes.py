@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ._rewrite import ORIGIN, attribute_ints, constant_tensor, is_op, replace, scopes
+from ._rewrite import ORIGIN, TRANSPOSE_OF, attribute_ints, constant_tensor, is_op, replace, scopes
 
 
 class FoldTransposes(ir.passes.InPlacePass):
@@ -71,6 +71,8 @@ def _register(weight: ir.Value, tensor: ir.TensorProtocol, perm: tuple[int, ...]
     lazy = ir.LazyTensor(lambda: _transposed(tensor, perm, name), dtype=tensor.dtype, shape=shape, name=name)
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=lazy)
     value.meta.update(weight.meta)
+    if reversed_axes:
+        value.meta[TRANSPOSE_OF] = tensor
     graph.register_initializer(value)
     return value
 

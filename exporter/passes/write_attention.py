@@ -63,7 +63,7 @@ class WriteAttention(ir.passes.InPlacePass):
 
 
 def writable(node: ir.Node) -> bool:
-    """Whether `write_attention` can take a node: 4-D tensors of equally many heads; no causal mask, cache or soft cap; at most a float mask."""
+    """Whether `write_attention` can take a node: 4-D tensors of equally many heads, no causal mask, cache or soft cap, no boolean mask."""
     if not is_op(node, "Attention") or attribute_int(node, "is_causal", 0) or any(v.uses() for v in node.outputs[1:]):
         return False
     softcap = node.attributes.get("softcap")

@@ -13,6 +13,7 @@ from ...exporter.errors import Reason
 from ...exporter.onnx import OPSETS
 from ...exporter.op import DOMAIN
 from ...exporter.runner import Runner
+from ...exporter.sampling import FILE as SAMPLER
 from ...exporter.target import Capability, Job, Lowered, Stage, Target, register_target
 
 MODEL = "model.onnx"
@@ -42,6 +43,7 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
     """Lowers to one ONNX file of the standard operators and runs it in ONNX Runtime."""
 
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    samplers: ClassVar[tuple[str, ...]] = ("step", "loop")
     opsets: ClassVar[tuple[int, ...]] = OPSETS
     Options: ClassVar[type[BaseModel]] = OnnxRuntimeOptions
 
@@ -74,14 +76,17 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
         return unsupported(job.model) + (without_standard_operator(job.model) if job.options.ssm_op == "onnx27" else [])
 
     def lower(self, job: Job[OnnxRuntimeOptions], folder: Path) -> Lowered:
-        """Writes `model.onnx`; in fp16, norms, softmax, accumulations and whatever leaves fp16's range stay in fp32."""
+        """Writes `model.onnx`, and `sampler.onnx` where that is asked for; in fp16, norms, softmax, accumulations and whatever leaves
+        fp16's range stay in fp32.
+        """
         from .lower import lower
 
         return lower(job, folder / MODEL)
 
     def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:  # noqa: ARG002 - an ONNX file holds no code
         """`onnx`: the file as every ONNX Runtime runs it, on the CPU. `native`, where the file has nodes of our own: with our kernels in
-        place of the nodes' bodies. With `--execution-provider cuda` also `device`.
+        place of the nodes' bodies. `sampler`, with `--sampler loop`: the sampling graph, on the CPU. With `--execution-provider cuda` also
+        `device`.
         """
         options = OnnxRuntimeOptions.model_validate(manifest.options.get(self.name, {}))
         path, cpu = folder / MODEL, options.model_copy(update={"execution_provider": "cpu"})
@@ -91,6 +96,8 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
 
             built, detail, fix = native.state()
             stages.append(Stage("native", _opener(path, cpu, native.library()) if built else None, reason=f"{detail} (fix: {fix})"))
+        if "sampler" in manifest.details:
+            stages.append(Stage("sampler", _opener(folder / SAMPLER, cpu), sampling=True))
         if options.execution_provider == "cuda":
             stages.append(Stage("device", _opener(path, options), required=True))
         return stages

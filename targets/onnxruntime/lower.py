@@ -11,6 +11,7 @@ from ...exporter import onnx as onnx_files
 from ...exporter.passes.expand_attention_mask import ExpandAttentionMask
 from ...exporter.passes.half_precision import ToHalf, overflowing
 from ...exporter.passes.name_values import NameValues
+from ...exporter.sampling import write_sampler
 from ...exporter.target import Job, Lowered
 from .ssm_op import write_ssm_op
 
@@ -33,6 +34,11 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     onnx_files.save(model, path, bytes_of_weights=sum(t.nbytes for t in weights))
     onnx_files.check(path, opset=model.opset_imports[""])
+    details: dict[str, object] = {}
+    if job.loop is not None:
+        sampler = write_sampler(path, job.loop)
+        notes.append(sampler.note)
+        details["sampler"] = sampler.details
     counts = collections.Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph))
     return Lowered(
         device="any ONNX Runtime",
@@ -43,5 +49,6 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
             "operators": dict(sorted(counts.items())),
             "weight_bytes": sum(t.nbytes for t in weights),
             "file_bytes": sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")),
+            **details,
         },
     )

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, TypeVar, cast
 from ...exporter.bundle import Manifest, StageResult, sha256_of
 from ...exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError
 from ...exporter.runner import Runner
+from ...exporter.sampling import FILE as SAMPLER
+from ...exporter.sampling import PICTURES, WrittenSampler, write_sampler
 from ...exporter.target import Built, Capability, Job, Lowered, Stage, Target
-from .library import INSTALL, MODULES, find_gpu, installed_version
+from .library import INSTALL, MODULES, OLDEST, find_gpu, installed_version
 from .options import TensorRTOptions
 from .recipe import ENGINES, MODEL, Fp8Layer, Library, PluginLibrary, Recipe, profiles_of, recipe_of
 
@@ -32,6 +34,7 @@ class TensorRTTarget(Target[O]):
 
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp8")
     calibrated: ClassVar[tuple[str, ...]] = ("fp8",)
+    samplers: ClassVar[tuple[str, ...]] = ("step", "loop")
     opsets: ClassVar[tuple[int, ...]] = OPSETS
     library: ClassVar[Library]
     needs_gpu: ClassVar[bool]
@@ -75,7 +78,10 @@ class TensorRTTarget(Target[O]):
 
     def _lacking(self, capabilities: tuple[str, ...] = ()) -> list[str]:
         """What a build needs and this machine has not."""
-        lacking = [] if installed_version(self.library) else [f"the package {self.library}"]
+        version, oldest = installed_version(self.library), OLDEST.get(self.library, 0)
+        lacking = [] if version else [f"the package {self.library}"]
+        if version[:1].isdigit() and int(version.partition(".")[0]) < oldest:
+            lacking.append(f"{self.library} {oldest}.0 or newer (this is {version})")
         if self.needs_gpu:
             gpu = find_gpu()
             if gpu is None:
@@ -105,18 +111,25 @@ class TensorRTTarget(Target[O]):
         return selection(job).observed()
 
     def lower(self, job: Job[O], folder: Path) -> Lowered:
-        """Writes `model.onnx`, `plugins/`, and `build.sh`; the recipe is in the details.
+        """Writes `model.onnx`, `plugins/`, and `build.sh`; the recipe is in the details. Where `sampler.onnx` is asked for, the recipe
+        makes the engine of it, in place of the model.
 
         Raises:
             MachineError: The graph needs our plugins, this machine cannot make them, and the plan is to be built on it.
             IsthmusError: Lowering failed.
         """
         from .command import FILE, script
+        from ...exporter.passes.write_attention import WriteAttention
         from .lower import write_model
 
         written, details = write_model(job, folder)
+        sampler = None
+        if job.loop is not None:
+            # TensorRT-RTX 1.7.1 does not compile its own attention within a loop: Myelin is "called with unknown input tensor".
+            sampler = write_sampler(folder / MODEL, job.loop, first=WriteAttention(lambda _: True))
+            written, details = [*written, sampler.note], {**details, "sampler": sampler.details}
         plugins, made = self._plugins(job, folder)
-        recipe = self._recipe(job, folder, plugins, details)
+        recipe = self._recipe(job, folder, plugins, details, sampler)
         (folder / FILE).write_text(script(recipe), "utf-8")
         (folder / FILE).chmod(0o755)
         return Lowered(
@@ -145,15 +158,29 @@ class TensorRTTarget(Target[O]):
         size = (folder / made.path).stat().st_size
         return (made,), (f"{made.path} ({size / 2**20:.1f} MiB) runs {', '.join(operators)} on {', '.join(wanted)}",)
 
-    def _recipe(self, job: Job[O], folder: Path, plugins: tuple[PluginLibrary, ...], details: Mapping[str, object]) -> Recipe:
+    def _recipe(
+        self,
+        job: Job[O],
+        folder: Path,
+        plugins: tuple[PluginLibrary, ...],
+        details: Mapping[str, object],
+        sampler: WrittenSampler | None,
+    ) -> Recipe:
         from ...exporter.passes._rewrite import dims
 
-        inputs = [(value.name or "", dims(value) or ()) for value in job.model.graph.inputs]
-        profiles, reasons = profiles_of(inputs, job.sizes)
+        shapes = {value.name or "": tuple(dims(value) or ()) for value in job.model.graph.inputs}
+        sizes = dict(job.sizes)
+        if job.loop is not None and sampler is not None:
+            batch = shapes[job.loop.latent][0]
+            if isinstance(batch, str):
+                sizes[PICTURES] = job.loop.pictures(sizes[batch])
+            shapes = dict(sampler.inputs)
+        profiles, reasons = profiles_of(shapes.items(), sizes)
         if reasons:
             raise UnsupportedError("an engine needs a range for every size", reasons=reasons)
         return Recipe(
             library=self.library,
+            model=MODEL if sampler is None else SAMPLER,
             engine=ENGINES[self.library],
             profiles=profiles,
             workspace=job.options.workspace,
@@ -162,7 +189,7 @@ class TensorRTTarget(Target[O]):
             compute_capabilities=self.compute_capabilities(job.options),
             timing_cache=str(getattr(job.options, "timing_cache", "")),
             timeout=job.options.build_timeout,
-            fp8=expected_fp8(folder / MODEL, details.get("fp8")),
+            fp8=expected_fp8(folder / (MODEL if sampler is None else SAMPLER), details.get("fp8")),
             versions={self.library: version} if (version := installed_version(self.library)) else {},
         )
 
@@ -257,7 +284,8 @@ class TensorRTTarget(Target[O]):
         return (recipe.engine, *(plugin.path for plugin in recipe.plugins))
 
     def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:
-        """`onnx` (`quantized` in fp8): the file in ONNX Runtime on the CPU, whose Q/DQ is exact. `device`: the engine on the GPU.
+        """`onnx` (`quantized` in fp8): the file in ONNX Runtime on the CPU, whose Q/DQ is exact. `sampler`, with `--sampler loop`:
+        the sampling graph, as well. `device`: the engine on the GPU.
 
         Args:
             folder: The bundle's folder.
@@ -265,14 +293,17 @@ class TensorRTTarget(Target[O]):
             trust: Execute an engine that isthmus did not build for this bundle. Never taken from the bundle itself.
         """
         name = "quantized" if manifest.precision == "fp8" else "onnx"
-        host = Stage(name, _onnx_opener(folder / MODEL, widened=manifest.precision == "bf16"))
+        widened, sampling = manifest.precision == "bf16", "sampler" in manifest.details
+        hosts = [Stage(name, _onnx_opener(folder / MODEL, widened=widened))]
+        if sampling:
+            hosts.append(Stage("sampler", _onnx_opener(folder / SAMPLER, widened=widened), sampling=True))
         engine = ENGINES[self.library]
         lacking = [] if (folder / engine).is_file() else [f"{engine} is not built"]
         lacking += [] if find_gpu() is not None else ["there is no NVIDIA GPU here"]
         lacking += [] if installed_version(self.library) else [f"the package {self.library} is not installed"]
         if lacking:
-            return [host, Stage("device", None, reason=" and ".join(lacking))]
-        return [host, Stage("device", lambda: _engine_runner(folder, manifest, self.library, trust=trust))]
+            return [*hosts, Stage("device", None, reason=" and ".join(lacking), sampling=sampling)]
+        return [*hosts, Stage("device", lambda: _engine_runner(folder, manifest, self.library, trust=trust), sampling=sampling)]
 
 
 def expected_fp8(path: Path, details: Any) -> tuple[Fp8Layer, ...]:

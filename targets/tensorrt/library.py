@@ -26,6 +26,9 @@ INSTALL: Mapping[Library, str] = {
     "tensorrt-rtx": "pip install 'isthmus[tensorrt-rtx]' (Linux)",
 }
 
+OLDEST: Mapping[Library, int] = {"tensorrt": 11}
+"""The first version that builds strongly typed networks only, and so takes the precision from the graph."""
+
 _DISTRIBUTIONS: Mapping[Library, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu13_bindings"),
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt_rtx_cu13_bindings"),

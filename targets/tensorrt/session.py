@@ -19,10 +19,17 @@ from .library import INSTALL, MODULES, Gpu, find_gpu, installed_version
 from .recipe import Library, Recipe, recipe_of
 
 
-class Cuda:
-    """Memory of the GPU, by PyTorch."""
+class Memory:
+    """Memory of the GPU, by PyTorch.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where, as PyTorch calls it.
+
+    Raises:
+        MachineError: This PyTorch has no CUDA.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
         import torch
 
         if not torch.cuda.is_available():
@@ -30,15 +37,15 @@ class Cuda:
                 f"this PyTorch {torch.__version__} has no CUDA, and its memory is what the engine computes in",
                 hint="install PyTorch with CUDA: https://pytorch.org/get-started/locally",
             )
-        self._torch = torch
+        self._torch, self._device = torch, device
 
-    def upload(self, array: np.ndarray[Any, Any], dtype: Any) -> Any:
-        """A tensor with the array's values."""
-        return self._torch.from_numpy(np.ascontiguousarray(array)).to(device="cuda", dtype=dtype)
+    def upload(self, array: np.ndarray[Any, Any], dtype: str) -> Any:
+        """A tensor with the array's values, in a type of PyTorch."""
+        return self._torch.from_numpy(np.array(array)).to(device=self._device, dtype=getattr(self._torch, dtype))
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """A tensor for results."""
-        return self._torch.empty(tuple(shape), dtype=dtype, device="cuda")
+        return self._torch.empty(tuple(shape), dtype=getattr(self._torch, dtype), device=self._device)
 
     def stream(self) -> int:
         """The handle of PyTorch's current stream."""
@@ -121,7 +128,7 @@ class EngineRunner(Runner):
         *,
         trust: bool = False,
         module: Any = None,
-        memory: Any = None,
+        memory: Memory | None = None,
         gpu: Gpu | None = None,
     ) -> None:
         gpu = gpu or find_gpu()
@@ -131,7 +138,7 @@ class EngineRunner(Runner):
             raise MachineError(f"the engine cannot be executed: {what}", hint=INSTALL[library])
         path = check_origin(folder, manifest, library, gpu, version, trust=trust)
         trt = module if module is not None else import_first(MODULES[library])
-        self._memory = memory if memory is not None else Cuda()
+        self._memory = memory if memory is not None else Memory()
         self._trt, self._log = trt, make_log(trt)
         recipe = recipe_of(manifest, library)
         if library == "tensorrt":  # a plan of TensorRT-RTX holds its plugins
@@ -189,11 +196,8 @@ class EngineRunner(Runner):
         self._engine = None
         self._runtime = None
 
-    def _dtype(self, name: str) -> Any:
-        import torch
-
-        kind = self._engine.get_tensor_dtype(name).name
-        return getattr(torch, _TORCH_TYPES[kind])
+    def _dtype(self, name: str) -> str:
+        return _TORCH_TYPES[self._engine.get_tensor_dtype(name).name]
 
     def _last_error(self) -> str:
         return self._log.errors[-1] if self._log.errors else "it gives no reason"

@@ -9,7 +9,8 @@ from ...exporter.errors import Reason
 from ...exporter.op import DOMAIN
 from ...exporter.ops.onnx_forms import custom_nodes
 from ...exporter.passes import module_of
-from ...exporter.passes._rewrite import attribute_int, constant, dims, input_at
+from ...exporter.passes._rewrite import attribute_int, constant, dims, input_at, is_op
+from ...exporter.passes.write_attention import writable
 from .options import FP8_CAPABILITIES, RTXOptions, TensorRTOptions
 from .recipe import profiles_of
 
@@ -43,6 +44,8 @@ def unsupported(job: Job[TensorRTOptions]) -> list[Reason]:
     reasons: dict[Reason, None] = dict.fromkeys(_capabilities(job))
     inputs = [(value.name or "", dims(value) or ()) for value in model.graph.inputs]
     reasons.update(dict.fromkeys(profiles_of(inputs, job.sizes)[1]))
+    if job.loop is not None:
+        reasons.update(dict.fromkeys(_within_loop(job)))
     functions = {(f.domain, f.name) for f in model.functions.values()}
     for node in _nodes(model, inline=options.ssm_op == "decomposed"):
         where = module_of(node)
@@ -86,6 +89,17 @@ def _capabilities(job: Job[TensorRTOptions]) -> Iterator[Reason]:
         names = ", ".join(sorted({node.op_type for node in nodes}))
         what = f"the kernels of {names} are compiled for compute capability {', '.join(KERNELS)}, and not for {', '.join(without)}"
         yield Reason(what, module_of(nodes[0]), "choose others with --compute-capability, or --ssm-op decomposed")
+
+
+def _within_loop(job: Job[TensorRTOptions]) -> Iterator[Reason]:
+    """What TensorRT-RTX 1.7.1 does not compile when it stands in the loop of a sampler; found by building it."""
+    fix = "choose --sampler step"
+    for node in _nodes(job.model, inline=False):
+        if node.domain == DOMAIN and job.options.ssm_op == "plugin" and isinstance(job.options, RTXOptions):
+            what = f"{node.op_type} runs as a plugin, and TensorRT-RTX infers no type for one within a loop"
+            yield Reason(what, module_of(node), fix)
+        elif is_op(node, "Attention") and not writable(node):
+            yield Reason("this form of Attention cannot be written out, and TensorRT compiles none within a loop", module_of(node), fix)
 
 
 def _refused(node: ir.Node) -> Iterator[tuple[str, str]]:

@@ -38,7 +38,7 @@ CALLS = []
 """Every call and every assignment: class, name, arguments."""
 
 ANSWERS = {
-    "engine": True,  # False: the builder makes none
+    "engine": True,  # False: the builder makes none; a number: one of that many bytes
     "loads": True,  # False: an engine cannot be deserialised
     "errors": [],  # what the builder logs
     "parser": [],  # errors of the parser: node name, operator, description
@@ -47,6 +47,9 @@ ANSWERS = {
     "creators": [],  # name, version, namespace
     "limit": 8,  # the largest batch
     "runs": True,
+    "missing": [],  # inputs whose shapes are not known
+    "shape": None,  # of the output, where it is not the input's
+    "takes": True,  # an address
 }
 
 
@@ -205,7 +208,8 @@ class Builder(Checked):
         for message in ANSWERS["errors"]:
             self._logger.log(ILogger.Severity.ERROR, message)
         self._logger.log(ILogger.Severity.WARNING, "a warning")
-        return ANSWERS["engine"] and all(writer.write(piece) == len(piece) for piece in (b"dou", b"ble"))
+        pieces = (b"dou", b"ble") if ANSWERS["engine"] is True else (bytes(ANSWERS["engine"]),)
+        return bool(ANSWERS["engine"]) and all(writer.write(piece) == len(piece) for piece in pieces)
 
 
 class INetworkDefinition(Checked):
@@ -308,7 +312,7 @@ class ICudaEngine(Checked):
         return EngineInspector()
 
     def create_execution_context(self):
-        return IExecutionContext(self)
+        return IExecutionContext(self) if ANSWERS["limit"] else None
 
     @property
     def num_io_tensors(self):
@@ -348,14 +352,14 @@ class IExecutionContext(Checked):
         return self._shape[0] <= ANSWERS["limit"]
 
     def infer_shapes(self):
-        return []
+        return ANSWERS["missing"]
 
     def get_tensor_shape(self, name):
-        return self._shape
+        return ANSWERS["shape"] or self._shape
 
     def set_tensor_address(self, name, memory):
         self._addresses[name] = memory
-        return True
+        return ANSWERS["takes"]
 
     def execute_async_v3(self, stream_handle):
         count = math.prod(self._shape)

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus.exporter.errors import IsthmusError, MachineError, UnsupportedError
 from isthmus.exporter.passes.scope import MODULE
-from isthmus.targets.tensorrt import base
+from isthmus.targets.tensorrt import base, process
 from isthmus.targets.tensorrt.compiler import Request, compile_engine, read_nodes
 from isthmus.targets.tensorrt.library import Gpu
 from isthmus.targets.tensorrt.process import compile_in_child
@@ -110,6 +110,18 @@ class TestOnTheGpu:
         with pytest.raises(UnsupportedError, match="the version tag does not match"):
             make("tensorrt").build()
 
+    def test_an_engine_that_does_not_take_its_own_shapes(self, make, h100):
+        h100.answer(limit=1)
+        with pytest.raises(UnsupportedError, match=r"x: the engine does not take the shape \(2, 4, 32\) of its own profile"):
+            make("tensorrt").build()
+
+    def test_an_older_version_does_not_build(self, make, h100, monkeypatch):
+        assert h100.folder.is_dir()
+        monkeypatch.setattr(base, "installed_version", lambda _: "10.9.0.34")
+        built = make("tensorrt").build()
+        assert built.stage.verdict == "lowered"
+        assert "tensorrt 11.0 or newer (this is 10.9.0.34) is missing" in built.stage.reason
+
     def test_another_gpu_does_not_build(self, make, h100, monkeypatch):
         assert h100.folder.is_dir()
         monkeypatch.setattr(base, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9"))
@@ -184,6 +196,21 @@ time.sleep(600)
             time.sleep(0.05)
         assert not any(_runs(pid) for pid in alive)
 
+    def test_an_interruption_ends_it(self, library, tmp_path, monkeypatch):
+        pid, sleep = tmp_path / "pid", time.sleep
+        lines = ["import os, time", f"open({str(pid)!r} + '.new', 'w').write(str(os.getpid()))"]
+        lines += [f"os.rename({str(pid)!r} + '.new', {str(pid)!r})", "time.sleep(600)"]
+
+        def interrupted(seconds):
+            if pid.exists():
+                raise KeyboardInterrupt
+            sleep(seconds)
+
+        monkeypatch.setattr(process.time, "sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            library("\n".join(lines))
+        assert not _runs(int(pid.read_text()))
+
     def test_the_system_ends_it(self, library):
         with pytest.raises(IsthmusError, match="the system ended tensorrt-rtx") as caught:
             library("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
@@ -208,7 +235,9 @@ def _runs(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_full_disk_is_an_error_and_leaves_no_engine(make, tensorrt, monkeypatch):
+@pytest.mark.parametrize("size", [6, 2**20], ids=["noticed at the end", "noticed by the library"])
+def test_a_full_disk_is_an_error_and_leaves_no_engine(make, tensorrt, monkeypatch, size):
+    tensorrt.ANSWERS["engine"] = size
     made = make("tensorrt")
     request = Request(modules=("tensorrt",), folder=made.folder, recipe=recipe_of(made.manifest, "tensorrt"), module_key=MODULE)
     full = os.open("/dev/full", os.O_WRONLY)

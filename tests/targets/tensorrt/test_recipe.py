@@ -47,10 +47,10 @@ class TestOptions:
 
 class TestProfiles:
     def test_names_constants_and_expressions(self):
-        profiles, reasons = profiles_of([("x", ["b", 4, "2*h", "(w + h)//4"]), ("t", ["b"]), ("c", [3, 4])], SIZES)
+        profiles, reasons = profiles_of([("x", ["b", 4, "2*h", "(w + h)//4", "min(h, w)"]), ("t", ["b"]), ("c", [3, 4])], SIZES)
         assert not reasons
         assert profiles == {
-            "x": Profile(min=(1, 4, 16, 3), opt=(2, 4, 32, 6), max=(4, 4, 64, 24)),
+            "x": Profile(min=(1, 4, 16, 3, 4), opt=(2, 4, 32, 6, 8), max=(4, 4, 64, 24, 32)),
             "t": Profile(min=(1,), opt=(2,), max=(4,)),
         }
 

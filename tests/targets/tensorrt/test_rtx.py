@@ -13,6 +13,7 @@ from isthmus.exporter.ops.plugin import headers
 from isthmus.exporter.ranges import Calibration
 from isthmus.exporter.target import TARGETS
 from isthmus.targets.tensorrt import library, plugins, process
+from isthmus.targets.tensorrt.base import expected_fp8
 from isthmus.targets.tensorrt.inspector import _ORIGIN
 from isthmus.targets.tensorrt.lower import selection
 from isthmus.targets.tensorrt.support import UNKNOWN_OPERATORS
@@ -137,6 +138,13 @@ class TestPlans:
         with pytest.raises(UnsupportedError) as caught:
             made.build()
         assert {r.where for r in caught.value.reasons} == {"blocks.nonzero", "blocks.det"}
+
+
+def test_layers_that_the_lowering_lost_are_an_error(fp8, tmp_path):
+    lowered = TARGETS["tensorrt"]().lower(fp8("tensorrt"), tmp_path)
+    layers = [*lowered.details["fp8"]["layers"], {"node": "no node", "module": "blocks.0"}]
+    with pytest.raises(IsthmusError, match=r"blocks\.0: node no node is to compute in FP8, and does not read it"):
+        expected_fp8(tmp_path / "model.onnx", {"layers": layers})
 
 
 class TestPlugins:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,28 +11,22 @@ import torch
 from isthmus.exporter.errors import IntegrityError, IsthmusError, MachineError
 from isthmus.targets.tensorrt import base
 from isthmus.targets.tensorrt.library import Gpu
-from isthmus.targets.tensorrt.session import EngineRunner
+from isthmus.targets.tensorrt.session import EngineRunner, Memory
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0")
 
 
-class HostMemory:
-    """What `session.Cuda` does, in this machine's memory."""
-
-    def __init__(self):
-        self.synchronized = 0
-
-    def upload(self, array, dtype):
-        return torch.from_numpy(np.array(array)).to(dtype)
-
-    def empty(self, shape, dtype):
-        return torch.full(tuple(shape), float("nan"), dtype=dtype)
-
-    def stream(self):
-        return 1234
-
-    def synchronize(self):
-        self.synchronized += 1
+@pytest.fixture
+def memory(monkeypatch):
+    """This machine's memory in the place of the GPU's, and a stream whose waits are counted."""
+    waits = []
+    stream = SimpleNamespace(cuda_stream=1234, synchronize=lambda: waits.append(1))
+    with monkeypatch.context() as there:  # not for longer: torch.export asks it too
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        made = Memory("cpu")
+    made._torch = SimpleNamespace(**{**vars(torch), "cuda": SimpleNamespace(current_stream=lambda: stream)})
+    made.waits = waits
+    return made
 
 
 @pytest.fixture
@@ -44,19 +39,19 @@ def engine(make):
 
 
 @pytest.fixture
-def open_(tensorrt):
+def open_(tensorrt, memory):
     def start(made, *, gpu=H100, **options):
-        return EngineRunner(made.folder, made.manifest, "tensorrt", module=tensorrt, memory=HostMemory(), gpu=gpu, **options)
+        return EngineRunner(made.folder, made.manifest, "tensorrt", module=tensorrt, memory=memory, gpu=gpu, **options)
 
     return start
 
 
-def test_it_executes(engine, open_, tensorrt):
+def test_it_executes(engine, open_, tensorrt, memory):
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     with open_(engine) as runner:
         assert runner.device == "NVIDIA H100 80GB HBM3, tensorrt 11.4.0.106"
         y = runner.run({"x": x})["y"]
-        assert runner._memory.synchronized == 1
+        assert memory.waits == [1]
     assert y.dtype == np.float32  # numpy has no bfloat16
     np.testing.assert_array_equal(y, 2 * x)
     calls = [(owner, name) for owner, name, _ in tensorrt.CALLS if owner == "IExecutionContext"]
@@ -75,10 +70,32 @@ def test_inputs_that_do_not_fit_are_named(engine, open_):
             runner.run({"x": np.zeros((9, 4), np.float32)})
 
 
-def test_a_failure_of_the_engine_is_an_error(engine, open_, tensorrt):
-    tensorrt.ANSWERS["runs"] = False
-    with open_(engine) as runner, pytest.raises(IsthmusError, match="the engine failed: it gives no reason"):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"runs": False}, "the engine failed: it gives no reason"),
+        ({"missing": ["x"]}, "shapes do not follow from its inputs: x"),
+        ({"shape": (-1, 4)}, r"the shape of output y depends on values, and is known after the run only: \(-1, 4\)"),
+        ({"takes": False}, "the engine does not take the memory of x"),
+    ],
+)
+def test_a_failure_of_the_engine_is_an_error(engine, open_, tensorrt, answer, message):
+    tensorrt.ANSWERS.update(answer)
+    with open_(engine) as runner, pytest.raises(IsthmusError, match=message):
         runner.run({"x": np.zeros((1, 4), np.float32)})
+
+
+def test_a_gpu_without_room(engine, open_, tensorrt):
+    tensorrt.ANSWERS["limit"] = 0
+    with pytest.raises(IsthmusError, match=r"cannot execute engine\.plan") as caught:
+        open_(engine)
+    assert "memory full" in caught.value.hint
+
+
+def test_pytorch_without_cuda(engine, tensorrt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="has no CUDA"):
+        EngineRunner(engine.folder, engine.manifest, "tensorrt", module=tensorrt, gpu=H100)
 
 
 def test_an_engine_that_tensorrt_does_not_load(engine, open_, tensorrt):
@@ -140,6 +157,17 @@ class TestOrigin:
             path.parent.mkdir()
             path.write_bytes(b"another")
         with pytest.raises(IntegrityError, match="is missing" if what == "missing" else "not the one that was built"):
+            open_(made)
+
+    def test_a_plugin_library_that_does_not_load(self, engine, open_, tensorrt, monkeypatch):
+        path = engine.folder / "plugins" / "libisthmus_trt.so"
+        path.parent.mkdir()
+        path.write_bytes(b"library")
+        sha = hashlib.sha256(b"library").hexdigest()
+        entry = {"path": "plugins/libisthmus_trt.so", "sha256": sha, "operators": ["rwkv7"], "architectures": ["sm_90a"]}
+        made = engine.with_details(build={**engine.manifest.details["build"], "plugins": [entry], "plugin_override": True})
+        monkeypatch.setattr(tensorrt.IPluginRegistry, "load_library", lambda *_: None)
+        with pytest.raises(IsthmusError, match=r"tensorrt does not load plugins/libisthmus_trt\.so"):
             open_(made)
 
     def test_the_plugin_library_is_loaded_once(self, engine, open_, tensorrt):
