@@ -129,7 +129,7 @@ def doctor(style: str) -> int:
     for target, capabilities in report.targets.items():
         print(f"\n{target}")
         for c in capabilities:
-            print(f"  {c.name:<8} {'yes' if c.available else 'no ':<4} {c.detail}")
+            print(f"  {c.name:<14} {'yes' if c.available else 'no ':<4} {c.detail}")
             if not c.available and c.fix:
                 print(f"                fix: {c.fix}")
     if code:
@@ -243,7 +243,9 @@ def build(bundle: Path, force: bool, trust: bool, style: str) -> int:
 
 @main.command(short_help="Check a bundle's files, then its accuracy.")
 @_bundle
-@click.option("--trust", is_flag=True, help="Execute an engine, or load a library, in the bundle that was not made here. It can run any code.")
+@click.option(
+    "--trust", is_flag=True, help="Take engines and libraries that were not made with the bundle; they can run any code."
+)
 @format_option()
 @common
 def verify(bundle: Path, trust: bool, style: str) -> int:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ..exporter.errors import IsthmusError, MachineError
 from ..exporter.passes._rewrite import TRANSPOSE_OF
+from ..exporter.passes.expand_attention_mask import ExpandAttentionMask
 from ..exporter.spec import Arrays
 
 _WEIGHTS = "weights"
@@ -39,6 +40,7 @@ class GraphSession:
             ) from error
         copy = model.clone()
         copy.graph.opset_imports["com.microsoft"] = 1
+        ExpandAttentionMask()(copy)
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         # Optimisers read weights, and what they would find is the empty file below.

@@ -177,13 +177,14 @@ class Target(ABC, Generic[O]):
         """
         return ()
 
-    def build(self, folder: Path, manifest: Manifest, *, required: bool) -> Built | None:  # noqa: ARG002 - for those that build
+    def build(self, folder: Path, manifest: Manifest, *, required: bool, trust: bool = False) -> Built | None:  # noqa: ARG002 - for others
         """Compiles the lowered artifact in `folder` for its device, and writes the engine beside it; None where there is nothing to build.
 
         Args:
             folder: The bundle's folder, writable.
             manifest: Its manifest.
             required: The user asked for the build by name; else it is done when this machine can.
+            trust: Load libraries of the bundle that are not those that were made with it.
 
         Raises:
             MachineError: `required`, and this machine lacks the hardware or the toolchain.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..exporter.sampling import LATENTS, NOISE, LoopCall, LoopSampler
 from ..exporter.spec import Arrays, Samples
 
 Array = np.ndarray[Any, Any]
@@ -88,22 +89,52 @@ class RectifiedFlowSampler:
         Returns:
             N pictures (N, H, W) or (N, H, W, 3), float32 in [0, 1]: the model's [-1, 1], clipped.
         """
-        x: Array = rng.standard_normal((len(self.labels), *self.shape), dtype=np.float32)
-        times = np.linspace(1.0, 0.0, self.steps + 1)
-        for now, after in itertools.pairwise(times):
+        x = self._integrate(step, self._noise(rng))
+        images: Array = np.clip((x + 1) / 2, 0, 1)
+        images = images[:, 0] if self.shape[0] == 1 else images.transpose(0, 2, 3, 1)
+        return Samples(images=images, captions=tuple(self.names[label] for label in self.labels))
+
+    def loop(self) -> LoopSampler:
+        """The same calls as data, from which the sampler is written as one graph."""
+        calls = []
+        for now, after in self._intervals():
+            corrected = self.method == "heun" and after > 0
+            width = after - now
+            calls.append(LoopCall(time=now * TIME_SCALE, change=width, advances=not corrected))
+            if corrected:
+                calls.append(LoopCall(time=after * TIME_SCALE, change=width / 2, previous=1.0))
+        null = self.condition(np.array([self.null_label], dtype=np.int64)) if self.guidance > 1 else {}
+        return LoopSampler(
+            calls=tuple(calls), guidance=self.guidance, null=null, latent=self.latent, time=self.time, output=self.output
+        )
+
+    def loop_case(self, step: Step, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+        """Inputs of the sampling graph for the sampler's labels, and the latents that it has to give; see `GraphSampler.loop_case`."""
+        noise = self._noise(rng)
+        inputs = {NOISE: noise, **self.condition(np.array(self.labels, dtype=np.int64))}
+        return inputs, {LATENTS: self._integrate(step, noise)}
+
+    def calibration_inputs(self, step: Step, rng: np.random.Generator, *, size: int, batch: int) -> Iterator[dict[str, Array]]:
+        """The inputs seen on the way, see `trajectory_inputs`."""
+        return trajectory_inputs(self, step, rng, size=size, batch=batch)
+
+    def _noise(self, rng: np.random.Generator) -> Array:
+        return rng.standard_normal((len(self.labels), *self.shape), dtype=np.float32)
+
+    def _intervals(self) -> Iterator[tuple[float, float]]:
+        """Each interval's times, from 1 to 0."""
+        return itertools.pairwise(np.linspace(1.0, 0.0, self.steps + 1).tolist())
+
+    def _integrate(self, step: Step, x: Array) -> Array:
+        """From noise (N, C, H, W) to latents of the same shape, float32, not clipped."""
+        for now, after in self._intervals():
             width = np.float32(after - now)
             slope = self._velocity(step, x, now)
             ahead: Array = x + width * slope
             if self.method == "heun" and after > 0:
                 ahead = x + width * (slope + self._velocity(step, ahead, after)) / 2
             x = ahead
-        images: Array = np.clip((x + 1) / 2, 0, 1)
-        images = images[:, 0] if self.shape[0] == 1 else images.transpose(0, 2, 3, 1)
-        return Samples(images=images, captions=tuple(self.names[label] for label in self.labels))
-
-    def calibration_inputs(self, step: Step, rng: np.random.Generator, *, size: int, batch: int) -> Iterator[dict[str, Array]]:
-        """The inputs seen on the way, see `trajectory_inputs`."""
-        return trajectory_inputs(self, step, rng, size=size, batch=batch)
+        return x
 
     def _velocity(self, step: Step, x: Array, time: float) -> Array:
         labels = np.array(self.labels, dtype=np.int64)

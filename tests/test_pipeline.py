@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
+from training.judge import draw, judge
 
 import isthmus
 from isthmus.exporter import bundle as bundles
@@ -28,7 +29,6 @@ from isthmus.exporter.errors import (
 from isthmus.exporter.spec import MODELS, Dynamic, SizeRange
 from isthmus.exporter.target import TARGETS
 from isthmus.models.flow import RectifiedFlowSampler
-from training.judge import draw, judge
 
 SMALL = [name for name in MODELS if name.endswith(("-tiny", "-digits"))]
 PRECISIONS = [(target, precision) for target in TARGETS for precision in TARGETS[target].precisions]

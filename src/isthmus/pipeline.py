@@ -233,6 +233,11 @@ def export(
         manifest = manifest.model_copy(update={"device": lowered.device, "details": details, "opset": details.get("opset", opset)})
         with step(f"building for {lowered.device}"):
             built = chosen.build(folder, manifest, required=False)
+        if built is not None:  # before the stages, which execute what was built
+            manifest = manifest.model_copy(
+                update={"device": built.device or manifest.device, "details": {**details, **_json(built.details)}}
+            )
+            notes += built.notes
         drawn: Samples | None = None
         for stage in chosen.stages(folder, manifest):
             if built is not None and stage.name == "device":
@@ -250,13 +255,8 @@ def export(
                 )
                 stages.append(result)
                 drawn = samples or drawn
-        if built is not None:
-            if built.stage not in stages:
-                stages.append(built.stage)
-            manifest = manifest.model_copy(
-                update={"device": built.device or manifest.device, "details": {**details, **_json(built.details)}}
-            )
-            notes += built.notes
+        if built is not None and built.stage not in stages:
+            stages.append(built.stage)
         manifest = manifest.model_copy(update={"stages": tuple(stages), "verdict": bundles.weakest(stages)})
         with step("writing the report"):
             write_report(
@@ -309,7 +309,7 @@ def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: P
     inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
     with bundles.rewriting(bundle) as folder:
         with step(f"building for {manifest.device}"):
-            built = target.build(folder, manifest, required=True)
+            built = target.build(folder, manifest, required=True, trust=trust)
         assert built is not None
         changed = [built.stage]
         manifest = manifest.model_copy(

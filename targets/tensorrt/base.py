@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from ...exporter.bundle import Manifest, StageResult, sha256_of
-from ...exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError
+from ...exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError, UsageError
 from ...exporter.runner import Runner
 from ...exporter.sampling import FILE as SAMPLER
 from ...exporter.sampling import PICTURES, WrittenSampler, write_sampler
@@ -99,8 +99,15 @@ class TensorRTTarget(Target[O]):
         """Nothing that an option asks for depends on the machine: where a build is not possible, the bundle is built elsewhere."""
 
     def unsupported(self, job: Job[O]) -> list[Reason]:
-        """Operators, types and sizes that TensorRT refuses; see `support`."""
+        """Operators, types and sizes that TensorRT refuses; see `support`.
+
+        Raises:
+            UsageError: Patterns of FP8 layers are given for another precision.
+        """
         from .support import unsupported
+
+        if job.precision != "fp8" and (job.options.fp8_include or job.options.fp8_exclude):
+            raise UsageError(f"--fp8-include and --fp8-exclude are for --precision fp8, not {job.precision}")
 
         return unsupported(cast("Job[TensorRTOptions]", job))
 
@@ -118,8 +125,8 @@ class TensorRTTarget(Target[O]):
             MachineError: The graph needs our plugins, this machine cannot make them, and the plan is to be built on it.
             IsthmusError: Lowering failed.
         """
-        from .command import FILE, script
         from ...exporter.passes.write_attention import WriteAttention
+        from .command import FILE, script
         from .lower import write_model
 
         written, details = write_model(job, folder)
@@ -193,7 +200,7 @@ class TensorRTTarget(Target[O]):
             versions={self.library: version} if (version := installed_version(self.library)) else {},
         )
 
-    def build(self, folder: Path, manifest: Manifest, *, required: bool) -> Built:
+    def build(self, folder: Path, manifest: Manifest, *, required: bool, trust: bool = False) -> Built:
         """Builds the engine in a child process, and reads it back where TensorRT has the GPU for that; see `Target.build`.
 
         Returns:
@@ -213,7 +220,7 @@ class TensorRTTarget(Target[O]):
         try:
             if lacking:
                 raise MachineError(f"not built here: {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing")
-            recipe = make_missing(folder, recipe)
+            recipe = make_missing(folder, recipe, trust=trust)
         except MachineError as error:
             if required:
                 raise MachineError(error.message, reasons=error.reasons, hint=error.hint or self._fix(lacking)) from error

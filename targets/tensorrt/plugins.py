@@ -49,7 +49,7 @@ def to_be_made(operators: tuple[str, ...], architectures: tuple[str, ...]) -> Pl
     return PluginLibrary(path=f"{PLUGINS}/{library.LIBRARY}", operators=operators, architectures=architectures)
 
 
-def make_missing(folder: Path, recipe: Recipe) -> Recipe:
+def make_missing(folder: Path, recipe: Recipe, *, trust: bool = False) -> Recipe:
     """Makes the libraries that could not be made where the model was exported, and checks the others.
 
     Returns:
@@ -64,10 +64,14 @@ def make_missing(folder: Path, recipe: Recipe) -> Recipe:
         path = folder / plugin.path
         if plugin.sha256 and not path.is_file():
             reasons.append(Reason("the library of plugins is missing", where=plugin.path))
-        elif plugin.sha256 and (got := sha256_of(path)) != plugin.sha256:
+        elif plugin.sha256 and not trust and (got := sha256_of(path)) != plugin.sha256:
             reasons.append(Reason(f"sha256 is {got}, expected {plugin.sha256}: it is another version", where=plugin.path))
     if reasons:
-        raise IntegrityError("the bundle's plugins are not those of its recipe", reasons=reasons, hint="export again, or copy it again")
+        raise IntegrityError(
+            "the bundle's plugins are not those of its recipe",
+            reasons=reasons,
+            hint="export again, or give --trust if you know who made it",
+        )
     made = tuple(plugin if plugin.sha256 else copy_into(folder, plugin.operators, plugin.architectures) for plugin in recipe.plugins)
     return recipe.model_copy(update={"plugins": made})
 

@@ -222,3 +222,14 @@ def test_nothing_reads_weights_before_they_are_there():
     model = optimise(onnx_files.to_onnx(trace(module, example), opset=23, input_names=list(example), output_names=["sample"]))
     got = GraphSession(model).run({name: tensor.numpy() for name, tensor in example.items()})["sample"]
     np.testing.assert_allclose(got, module(*example.values()).numpy(), atol=1e-4)
+
+
+def test_a_padding_mask_is_written_as_onnx_runtime_wants_it():
+    class Cross(nn.Module):
+        def forward(self, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    example = {"q": torch.randn(2, 2, 5, 16), "mask": torch.zeros(2, 1, 1, 5)}
+    model = optimise(onnx_files.to_onnx(trace(Cross(), example), opset=23, input_names=["q", "mask"], output_names=["y"]))
+    got = GraphSession(model).run({name: tensor.numpy() for name, tensor in example.items()})["y"]
+    np.testing.assert_allclose(got, Cross()(**example).numpy(), atol=1e-5)

@@ -338,10 +338,13 @@ def test_a_rewritten_bundle_replaces_the_old_one_and_a_failure_leaves_it(tmp_pat
     (bundle / "large").write_bytes(b"0" * 2**21)
     inode = (bundle / "large").stat().st_ino
 
-    with pytest.raises(RuntimeError, match="stop"), bundles.rewriting(bundle) as folder:
+    def fail(folder):
         (folder / "plugins" / "small").write_text("changed")
         bundles.write_text(folder / "large", "changed")
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), bundles.rewriting(bundle) as folder:
+        fail(folder)
     assert (bundle / "plugins" / "small").read_text() == "as it was"
     assert (bundle / "large").stat().st_size == 2**21
 

@@ -1,6 +1,7 @@
 """The selective scan in standard ONNX operators: a Scan over the tokens.
 
-States are (batch, groups, channels of a group, state), so that B and C of a group broadcast over its channels and are never repeated.
+States are (batch, groups, channels of a group, state), so that B and C of a group broadcast over its channels and are never repeated. The sum over
+the state is a product and a sum: TensorRT-RTX 1.7.1 fails on a MatMul in the Scan ("mismatched number of elements in reshape op").
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _body(op_type: str, *, softplus: bool | None = None, reverse: bool | None = 
   step_s = Reshape (step_o, column_shape)
   drive_s = Reshape (drive_o, column_shape)
   B_s = Reshape (B_o, row_shape)
-  C_s = Reshape (C_o, column_shape)
+  C_s = Reshape (C_o, row_shape)
+  last_axis = Constant <value_ints: ints = [-1]> ()
   A_shape = Concat <axis: int = 0> (groups, rest, state)
   A_s = Reshape (A, A_shape)
   state_shape = Concat <axis: int = 0> (batch, groups, rest, state)
@@ -88,7 +90,8 @@ def _body(op_type: str, *, softplus: bool | None = None, reverse: bool | None = 
       kept = Mul (decay, h)
       written = Mul (drive_t, B_t)
       h_t = Add (kept, written)
-      y_t = MatMul (h_t, C_t)
+      weighted = Mul (h_t, C_t)
+      y_t = ReduceSum <keepdims: int = 1> (weighted, last_axis)
     }}
   > (h_0, step_s, drive_s, B_s, C_s)
   last_shape = Shape (initial_state)

@@ -159,14 +159,7 @@ class TestPlugins:
         assert recipe["plugin_override"]
         assert recipe["plugins"][0]["operators"] == ["selective_scan"]
 
-    @pytest.mark.parametrize(
-        "module",
-        [
-            "Recurrence",
-            # Myelin reshapes the MatMul by C in the body of the Scan to a wrong size; with Mul and ReduceSum in its place it builds.
-            pytest.param("Scan", marks=pytest.mark.xfail(strict=True, raises=UnsupportedError, reason="the body has a product")),
-        ],
-    )
+    @pytest.mark.parametrize("module", ["Recurrence", "Scan"])
     def test_decomposed_needs_none(self, make, module):
         options = {"compute_capability": ("8.9",), "ssm_op": "decomposed"}
         made = make("tensorrt-rtx", module, options=options)
