@@ -171,6 +171,8 @@ _bound = Number(float, 0.0, sys.float_info.max)
               "[default: the model's own samples]")  # fmt: skip
 @click.option("--calibration-size", cls=Option, type=Number(int, 1, 2**20), metavar="N", help="Number of sets of calibration inputs.")
 @click.option("--calibration-method", cls=Option, metavar="M", help="How a range follows from what was seen.")
+@click.option("--sampler", cls=Option, type=click.Choice(["step", "loop"]),
+              help="loop: one more graph, with the model's sampler as a loop of fixed steps in it. [default: step]")  # fmt: skip
 @click.option("--atol", cls=Option, type=_bound, help="Bound on |error| - rtol * |reference|, elementwise.")
 @click.option("--rtol", cls=Option, type=_bound, help="See --atol.")
 @click.option("--min-psnr", cls=Option, type=_bound, metavar="DB", help="Bound on the PSNR, in dB.")
@@ -243,9 +245,7 @@ def build(bundle: Path, force: bool, trust: bool, style: str) -> int:
 
 @main.command(short_help="Check a bundle's files, then its accuracy.")
 @_bundle
-@click.option(
-    "--trust", is_flag=True, help="Take engines and libraries that were not made with the bundle; they can run any code."
-)
+@click.option("--trust", is_flag=True, help="Take engines and libraries that were not made with the bundle; they can run any code.")
 @format_option()
 @common
 def verify(bundle: Path, trust: bool, style: str) -> int:

@@ -101,7 +101,7 @@ class StageResult(_Strict):
     """What one verification stage found.
 
     Attributes:
-        name: `torch`, `torch-dtype`, `onnx`, `native`, `quantized`, `plan`, `mil`, `coreai` or `device`.
+        name: `torch`, `torch-dtype`, `onnx`, `native`, `quantized`, `sampler`, `plan`, `mil`, `coreai` or `device`.
         verdict: See `Verdict`.
         reason: Why the verdict is not `verified`; empty when it is.
         metrics: One row for each case and output.

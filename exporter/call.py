@@ -22,6 +22,7 @@ RANDOM = "random"
 
 _PASSED = (
     "model", "target", "precision", "opset", "batch_size", "inputs", "calibration_data", "calibration_size", "calibration_method",
+    "sampler",
     "atol", "rtol", "min_psnr", "seed", "force", "dry_run",
 )  # fmt: skip
 
@@ -40,7 +41,8 @@ def checked(given: Mapping[str, Any], *, config_settings: Mapping[str, Any], pro
 
     Args:
         given: Values by option: `model`, `target`, `output`, `precision`, `opset`, `batch_size`, `settings` (texts `key=value`), `weights`,
-            `inputs`, `dynamic` (texts), `calibration_data`, `calibration_size`, `calibration_method`, `atol`, `rtol`, `min_psnr`, `seed`,
+            `inputs`, `dynamic` (texts), `calibration_data`, `calibration_size`, `calibration_method`,
+            `sampler`, `atol`, `rtol`, `min_psnr`, `seed`,
             `force`, `dry_run`, and the targets' options as texts.
         config_settings: Settings that a configuration file gave; `settings` wins over them.
         problems: What was found wrong before.
@@ -105,6 +107,9 @@ def _target(given: Mapping[str, Any], problems: list[IsthmusError]) -> type[Targ
     if given["precision"] is not None and given["precision"] not in target.precisions:
         hint = f"one of: {', '.join(target.precisions)}"
         problems.append(UsageError(f"--precision: {target.name} has no {given['precision']!r}", hint=hint))
+    if given["sampler"] is not None and given["sampler"] not in target.samplers:
+        hint = f"one of: {', '.join(target.samplers)}"
+        problems.append(UsageError(f"--sampler: {target.name} has no {given['sampler']!r}", hint=hint))
     if given["opset"] is not None and given["opset"] not in target.opsets:
         hint = f"it takes: {', '.join(map(str, sorted(target.opsets))) or 'none'}"
         problems.append(UsageError(f"--opset: {target.name} does not take opset {given['opset']}", hint=hint))

@@ -102,7 +102,9 @@ def _registered(
         size = spec.dynamic.get(request.input, {}).get(request.axis)
         if size is None:
             known = ", ".join(f"{key}:{axis}" for key, value in spec.dynamic.items() for axis in value) or "none"
-            raise UsageError(f"axis {request.axis} of {request.input} cannot vary in {name}", hint=f"the axes that can: {known}")
+            why = spec.fixed.get(request.input, {}).get(request.axis)
+            what = f"axis {request.axis} of {request.input} cannot vary in {name}"
+            raise UsageError(f"{what}: {why}" if why else what, hint=f"the axes that can: {known}")
         ranges[size] = request.range
         sizes[size] = max(2, request.range.opt)
         for key, value in spec.dynamic.items():  # the same size on other inputs varies with it

@@ -146,6 +146,7 @@ class ModelSpec:
         sizes: The named sizes and their defaults, e.g. `{"batch": 2}`.
         dynamic: For each input, the axes that may vary, and the named size on each, e.g. `{"x": {0: "batch"}}`.
         ranges: The range of each named size that occurs in `dynamic`.
+        fixed: For axes that users may expect in `dynamic` and that are not there: what in the model fixes them, and what to do.
         outputs: Names of the outputs, in order.
         source: Where the architecture is defined: paper, and the code that it was checked against.
         tolerances: By precision, where the default tolerance does not suit the model; say why in a comment.
@@ -161,6 +162,7 @@ class ModelSpec:
     source: str
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     ranges: Mapping[str, SizeRange] = field(default_factory=dict)
+    fixed: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     tolerances: Mapping[str, Tolerance] = field(default_factory=dict)
     weights: Path | None = None
     layouts: tuple[StateDictLayout, ...] = ()

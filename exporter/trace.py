@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 import linecache
+import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import Reason, UnsupportedError, UsageError
+from .errors import IsthmusError, Reason, UnsupportedError, UsageError
+from .ops.gpu import expressions
 from .quiet import quiet
 from .spec import SizeRange
 
@@ -40,7 +44,8 @@ def trace(
 
     Raises:
         UsageError: A dynamic axis that does not exist, or whose example size is below 2 or outside its range.
-        UnsupportedError: torch.export does not capture the module; the reasons name the line of the user's code.
+        UnsupportedError: torch.export does not capture the module; the reasons name the line of the user's code. Or it does so for some
+            sizes of the ranges only, because others are fixed in the module; the reasons say which.
     """
     import torch
 
@@ -55,17 +60,56 @@ def trace(
         for named in (True, False) if dynamic else (True,):
             try:
                 with torch.no_grad(), quiet("torch._dynamo", "torch.fx", "torch.export"):
-                    return torch.export.export(
+                    program = torch.export.export(
                         module, tuple(inputs.values()), dynamic_shapes=_dimensions(module, inputs, dynamic, ranges, named), strict=strict
                     )
             except Exception as error:  # torch.export raises whatever the user's code and its own layers raise
                 failures.append(error)
+                continue
+            if reasons := list(_fixed_sizes(program, dynamic, ranges)):
+                raise UnsupportedError(f"sizes that are to vary are fixed in {type(module).__name__}", reasons=reasons)
+            return program
     raise UnsupportedError(
         f"torch.export does not capture {type(module).__name__}",
         reasons=_unique(_reason(error) for error in failures),
         hint="rewrite that line without data-dependent Python (torch.where, torch.cond, fixed sizes), or wrap the module in one that does; "
         "TORCH_LOGS=+dynamic shows torch's own account",
     ) from failures[0]
+
+
+def _fixed_sizes(
+    program: torch.export.ExportedProgram, dynamic: Mapping[str, Mapping[int, str]], ranges: Mapping[str, SizeRange]
+) -> Iterator[Reason]:
+    """What the trace takes for granted of the sizes, and what their ranges do not keep: an expression of sizes that has to be one number.
+
+    torch.export 2.13 captures a module that adds a table of 16 positions to height * width of them, and notes in `_guards_code` that the
+    product is 16; it has no public name. Notes of other forms (an even size, two equal ones) say how sizes may vary, not that they do not.
+    """
+    for guard in dict.fromkeys(getattr(program, "_guards_code", ())):
+        axes: dict[str, tuple[str, int]] = {}
+
+        def name(match: re.Match[str], axes: dict[str, tuple[str, int]] = axes) -> str:
+            variable = f"size_{match[1]}_{match[2]}"
+            axes[variable] = (match[1], int(match[2]))
+            return variable
+
+        left, equal, number = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", name, guard).partition(" == ")
+        sizes = {variable: dynamic.get(given, {}).get(axis) for variable, (given, axis) in axes.items()}
+        varying = sorted({size for size in sizes.values() if size is not None})
+        if not equal or not number.isdecimal() or " % " in left or not varying or None in sizes.values():
+            continue
+        with contextlib.suppress(IsthmusError):  # what this grammar lacks is no product of sizes
+            for ends in itertools.product(*((ranges[size].min, ranges[size].max) for size in varying)):
+                chosen = dict(zip(varying, ends, strict=True))
+                if expressions.evaluate(left, {variable: chosen[str(size)] for variable, size in sizes.items()}) != int(number):
+                    readable = re.sub(r"size_(\w+)_(\d+)\b", r"\1.shape[\2]", left)
+                    places = [f"{given}:{axis}" for given, axis in axes.values()]
+                    yield Reason(
+                        f"it computes only with {readable} == {number}, as in the example",
+                        where=", ".join(dict.fromkeys(given for given, _ in axes.values())),
+                        fix=f"leave out --dynamic for {' and '.join(places)}, or compute what has {number} entries from the input's size",
+                    )
+                    break
 
 
 def dimension_names(

@@ -278,12 +278,15 @@ def _diffusers_layout(config: DiTConfig) -> StateDictLayout:
 @register_model("dit-xl-2", DiTConfig(hidden_size=1152, depth=28, num_heads=16), summary="DiT-XL/2, 675 M parameters, 32x32 latents")
 def dit(config: DiTConfig) -> ModelSpec:
     """A DiT; weights may come in the authors' layout or in diffusers'."""
+    size = config.input_size
+    fixed = f"the position table pos_embed is computed for latents of {size}x{size}; --set input_size=N computes it for another size"
     return ModelSpec(
         build=lambda: DiT(config).eval(),
         inputs=class_conditional_inputs(channels=config.in_channels, size=config.input_size, classes=config.num_classes),
         sizes={"batch": 2},
         dynamic={name: {0: "batch"} for name in ("x", "t", "y")},
         ranges={"batch": SizeRange(1, 2, 16)},
+        fixed={"x": {2: fixed, 3: fixed}},
         outputs=("sample",),
         source="Peebles & Xie, Scalable Diffusion Models with Transformers, arXiv:2212.09748; checked against diffusers",
         layouts=(_authors_layout(config), _diffusers_layout(config)),

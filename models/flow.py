@@ -104,9 +104,7 @@ class RectifiedFlowSampler:
             if corrected:
                 calls.append(LoopCall(time=after * TIME_SCALE, change=width / 2, previous=1.0))
         null = self.condition(np.array([self.null_label], dtype=np.int64)) if self.guidance > 1 else {}
-        return LoopSampler(
-            calls=tuple(calls), guidance=self.guidance, null=null, latent=self.latent, time=self.time, output=self.output
-        )
+        return LoopSampler(calls=tuple(calls), guidance=self.guidance, null=null, latent=self.latent, time=self.time, output=self.output)
 
     def loop_case(self, step: Step, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
         """Inputs of the sampling graph for the sampler's labels, and the latents that it has to give; see `GraphSampler.loop_case`."""

@@ -337,6 +337,7 @@ def sana(config: SanaConfig) -> ModelSpec:
         axes["x"] |= {2: "height", 3: "width"}
         size = config.sample_size
         ranges |= {name: SizeRange(max(1, size // 2), size, 4 * size) for name in ("height", "width")}
+    multiple = f"a size has to stay a multiple of patch_size, {config.patch_size}, which a range cannot say"
 
     def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         batch, length = sizes["batch"], sizes["length"]
@@ -358,6 +359,7 @@ def sana(config: SanaConfig) -> ModelSpec:
         sizes=sizes | {name: config.sample_size for name in ("height", "width") if name in ranges},
         dynamic=axes,
         ranges=ranges,
+        fixed={} if config.patch_size == 1 else {"x": {2: multiple, 3: multiple}},
         outputs=("sample",),
         source="Xie et al., SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, arXiv:2410.10629; "
         "checked against diffusers",

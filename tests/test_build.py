@@ -80,8 +80,8 @@ def test_a_changed_model_is_not_built(bundles: Path, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_what_was_asked_for_is_written_and_reported(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(self: object, folder: Path, manifest: object, *, required: bool) -> Built:
-        assert required
+    def build(self: object, folder: Path, manifest: object, *, required: bool, trust: bool) -> Built:
+        assert (required, trust) == (True, False)
         (folder / "engine.plan").write_bytes(b"an engine")
         stage = StageResult(name="plan", verdict="blocked", reason="layers.2 computes in half precision")
         return Built(stage, device="a GPU", notes=("built",), details={"engine": {"file": "engine.plan"}})

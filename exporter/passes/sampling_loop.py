@@ -55,8 +55,8 @@ class SamplingLoop(ir.passes.FunctionalPass):
         }
 
     The weights stay where they are, in the outer graph, and the body reads them from there. What depends on the conditions alone is
-    computed once, before the loop. What depends on weights alone stays beside its reader: a weight's DequantizeLinear outside of the loop
-    would be a half weight inside of it.
+    computed once, before the loop, except where that would carry a dequantised value into it: a weight or a key that is dequantised
+    outside is a half-precision one inside.
 
     The loop runs over calls of the model. Heun has two for most steps: a body with the model in it twice would be compiled twice, so a
     predictor and its corrector are two passes of the same body, which carries the latents of the base and the answer before as well.
@@ -112,8 +112,9 @@ def misfits(graph: ir.Graph, sampler: LoopSampler) -> list[Reason]:
             reasons.append(Reason(f"has shape {shape}, expected one row for each of the latents, {latent[0]}", name))
         elif name not in _own(sampler):
             reasons += _misfits_of_condition(name, value, shape, sampler)
-    reasons += [Reason("has shape None" if dims(inputs[n]) is None else f"is {inputs[n].dtype}, expected float32", n)
-                for n in _own(sampler) if inputs[n].dtype != ir.DataType.FLOAT]  # fmt: skip
+    for name in _own(sampler):
+        if (dtype := inputs[name].dtype) != ir.DataType.FLOAT:
+            reasons.append(Reason(f"is {dtype.name.lower() if dtype is not None else 'of no type'}, expected float32", name))
     return reasons
 
 
@@ -131,8 +132,13 @@ def _misfits_of_condition(name: str, value: ir.Value, shape: Sequence[int | str 
         yield Reason("guidance needs its null condition, and the sampler has none", name)
     elif value.dtype is not None and null.dtype != value.dtype.numpy():
         yield Reason(f"its null condition is {null.dtype}, expected {value.dtype.numpy()}", name)
-    elif null.ndim != len(shape) or null.shape[0] != 1 or any(isinstance(d, int) and d != n for d, n in zip(shape[1:], null.shape[1:])):  # noqa: B905 - equally long
+    elif not _is_row(null.shape, shape):
         yield Reason(f"its null condition has shape {null.shape}, expected one row of {list(shape)}", name)
+
+
+def _is_row(row: tuple[int, ...], shape: Sequence[int | str | None]) -> bool:
+    """Whether a shape is that of one row of an input."""
+    return len(row) == len(shape) and row[0] == 1 and all(not isinstance(d, int) or d == n for d, n in zip(shape[1:], row[1:], strict=True))
 
 
 class _Writer:
@@ -355,7 +361,7 @@ def _fixed_nodes(graph: ir.Graph, varying: Collection[ir.Value], inputs: Collect
     """The nodes that depend on the conditions and not on what varies from step to step, and those of weights alone that they read.
 
     No value that is quantised, or dequantised and then only moved, passes from them into the loop: what the loop multiplies in FP8 is
-    quantised within it. (ONNX Runtime 1.32 ends its process in QDQPropagationTransformer on a DequantizeLinear before a loop that reads it.)
+    quantised within it. (QDQPropagationTransformer of ONNX Runtime 1.32 ends the process on a DequantizeLinear that a loop reads.)
     """
     changes = set(varying)
     given = set(inputs) - changes

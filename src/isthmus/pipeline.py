@@ -10,11 +10,9 @@ held at once.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import gc
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,28 +22,32 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from pydantic import ValidationError
 
 from isthmus.calibration.cases import cases_of_example, cases_of_spec, draw_inputs
 from isthmus.calibration.data import RANDOM, CalibrationData, check_size
 from isthmus.calibration.data import calibration_data as read_data
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
 from isthmus.calibration.observe import MAX, Observer, check_graph
-from isthmus.calibration.report import Pictures, render, rewrite_report, write_report
+from isthmus.calibration.report import Pictures, write_report
 from isthmus.calibration.traced import check_rounded, check_trace
-from isthmus.calibration.verify import SAMPLE_TOLERANCES, module_runner, run_stage, to_array
+from isthmus.calibration.verify import SAMPLE_TOLERANCES, SAMPLES, module_runner, run_stage, to_array
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.bundle import Manifest, TensorInfo
-from isthmus.exporter.errors import AccuracyError, IntegrityError, IsthmusError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
+from isthmus.exporter.passes.sampling_loop import misfits
+from isthmus.exporter.sampling import GraphSampler
 from isthmus.exporter.source import Model, Source, load_source
 from isthmus.exporter.spec import Dynamic, Sampler, Samples, Tolerance
 from isthmus.exporter.target import TARGETS, Job, Target
 from isthmus.exporter.trace import dimension_names, trace
 from isthmus.exporter.weights import nonfinite
-from isthmus.results import BuildResult, ExportResult, Progress, Silent, VerifyResult, misses
+from isthmus.finished import build, inspect, report, verify
+from isthmus.results import BuildResult, ExportResult, Progress, Silent, VerifyResult, json_values, misses, tool_versions
+
+__all__ = ["BuildResult", "ExportResult", "VerifyResult", "build", "export", "inspect", "report", "verify"]
 
 _RANDOM = (
     "Calibrated on random inputs, as was asked for: the ranges say nothing of real inputs, which may saturate. "
@@ -70,6 +72,7 @@ def export(
     calibration_data: str | None = None,
     calibration_size: int | None = None,
     calibration_method: str | None = None,
+    sampler: str | None = None,
     atol: float | None = None,
     rtol: float | None = None,
     min_psnr: float | None = None,
@@ -97,6 +100,8 @@ def export(
             default what the model sees while it samples, where it has trained weights.
         calibration_size: Number of sets of calibration inputs.
         calibration_method: How ranges are chosen: `max`, the largest |value| that was seen.
+        sampler: `step`, the default, for the graph of one step, which a sampler calls; `loop` for one more graph that draws whole pictures
+            (see `exporter.sampling`).
         atol: With `rtol`, replaces the bound on the relative error by |error| <= atol + rtol |reference|.
         rtol: See `atol`.
         min_psnr: Replaces the bound on the PSNR, in dB.
@@ -116,6 +121,7 @@ def export(
     step = (progress or Silent()).step
     chosen: Target[Any] = TARGETS[target]()
     precision = _choose("precision", precision, chosen.precisions)
+    sampler = _choose("sampler", sampler, chosen.samplers)
     opset = _choose("opset", opset, chosen.opsets)
     resolved = chosen.Options.model_validate(options or {})
     chosen.check_machine(resolved)
@@ -145,6 +151,7 @@ def export(
         else cases_of_example(dict(source.example), source.dynamic, source.ranges, seed)
     )
     cases["example"] = dict(source.example)
+    in_graph = _graph_sampler(source) if sampler == "loop" else None
     tolerance = _tolerance(source, precision, atol, rtol, min_psnr)
 
     # What the artifacts are measured against must not be computed by the kernels that one of them runs.
@@ -153,12 +160,16 @@ def export(
         arrays = {case: {name: to_array(t) for name, t in tensors.items()} for case, tensors in cases.items()}
         reference: CaseArrays = {case: dict(run(tensors)) for case, tensors in arrays.items()}
         names = tuple(reference["example"])
-        sampler = _sampler(source)
-        pictures = sampler(run, np.random.Generator(np.random.PCG64(seed))) if sampler else None
+        drawing = _sampler(source)
+        pictures = drawing(run, np.random.Generator(np.random.PCG64(seed))) if drawing else None
+        noise, latents = in_graph.loop_case(run, np.random.Generator(np.random.PCG64(seed))) if in_graph else ({}, {})
+        # The steps' cases, and the one of the whole sampler where it is asked for.
+        all_inputs = {**arrays, **({SAMPLES: dict(noise)} if in_graph else {})}
+        all_outputs = {**reference, **({SAMPLES: dict(latents)} if in_graph else {})}
         data = load_data(source, calibration_data, run, seed=seed, size=calibration_size) if calibrated else None
         notes = (
             []
-            if sampler or not (source.spec and source.spec.sampler)
+            if drawing or not (source.spec and source.spec.sampler)
             else ["No pictures: the sampler's batch, or trained weights, are missing."]
         )
     with step("tracing"):
@@ -180,9 +191,17 @@ def export(
         )
     with step("optimising the graph"):
         onnx_model = optimise(onnx_model)
-    job: Job[Any] = Job(program=program, model=onnx_model, precision=precision, options=resolved, peaks=peaks, sizes=source.ranges)
+    job: Job[Any] = Job(
+        program=program,
+        model=onnx_model,
+        precision=precision,
+        options=resolved,
+        peaks=peaks,
+        sizes=source.ranges,
+        loop=in_graph.loop() if in_graph else None,
+    )
     with step("checking the target's support"):
-        if reasons := chosen.unsupported(job):
+        if reasons := [*chosen.unsupported(job), *(misfits(onnx_model.graph, job.loop) if job.loop else ())]:
             raise UnsupportedError(
                 f"{target} does not support {source.name} in {precision}", reasons=reasons, hint="see `isthmus list targets` for the others"
             )
@@ -191,11 +210,12 @@ def export(
         target=target,
         precision=precision,
         opset=opset,
-        config=_json(source.config),
+        config=json_values(source.config),
         options={
             "seed": seed,
             "batch_size": batch_size,
-            "settings": _json(settings or {}),
+            "sampler": sampler,
+            "settings": json_values(settings or {}),
             "dynamic": {f"{name}:{axis}": size for name, axes in source.dynamic.items() for axis, size in axes.items()},
             target: resolved.model_dump(mode="json"),
         },
@@ -206,7 +226,7 @@ def export(
         tolerance={key: value for key, value in dataclasses.asdict(tolerance).items() if value is not None},
         verdict=bundles.weakest(stages),
         stages=tuple(stages),
-        versions=_versions(),
+        versions=tool_versions(),
     )
     observed = chosen.observed(job) if data is not None else ()
     warnings = [_RANDOM] if data is not None and data.source == RANDOM else []
@@ -214,7 +234,9 @@ def export(
         return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
 
     with bundles.writing(destination, force=force) as folder:
-        _check_space(folder, source.weights.bytes)
+        # Weights in a file of their own are shared by the graphs of the step and the sampler.
+        copies = 2 if job.loop and source.weights.bytes <= onnx_files.EXTERNAL_DATA_BYTES else 1
+        _check_space(folder, copies * source.weights.bytes)
         if data is not None:
             with step("calibrating"):
                 observer = Observer(job.model, observed)
@@ -223,19 +245,19 @@ def export(
                 del observer
         with step(f"lowering to {target}"):
             lowered = chosen.lower(job, folder)
-            bundles.write_cases(folder / bundles.INPUTS, arrays)
-            bundles.write_cases(folder / bundles.OUTPUTS, reference)
+            bundles.write_cases(folder / bundles.INPUTS, all_inputs)
+            bundles.write_cases(folder / bundles.OUTPUTS, all_outputs)
         weights_bytes = source.weights.bytes
         # Every name that holds the weights, or holds something that does.
         del job, onnx_model, program, run, cases, source, model
         _release(weights_bytes)
-        details = _json(lowered.details)
+        details = json_values(lowered.details)
         manifest = manifest.model_copy(update={"device": lowered.device, "details": details, "opset": details.get("opset", opset)})
         with step(f"building for {lowered.device}"):
             built = chosen.build(folder, manifest, required=False)
         if built is not None:  # before the stages, which execute what was built
             manifest = manifest.model_copy(
-                update={"device": built.device or manifest.device, "details": {**details, **_json(built.details)}}
+                update={"device": built.device or manifest.device, "details": {**details, **json_values(built.details)}}
             )
             notes += built.notes
         drawn: Samples | None = None
@@ -245,10 +267,10 @@ def export(
             with step(f"verifying the artifact: {stage.name}"):
                 result, samples = run_stage(
                     stage,
-                    arrays,
-                    reference,
+                    all_inputs,
+                    all_outputs,
                     tolerance,
-                    sampler=sampler,
+                    sampler=drawing,
                     pictures=pictures,
                     seed=seed,
                     sample_tolerance=SAMPLE_TOLERANCES.get(precision),
@@ -277,138 +299,6 @@ def export(
     return result_
 
 
-def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: Progress | None = None) -> BuildResult:
-    """Compiles a bundle's engine on this machine, executes it over the stored cases where the device is here, and writes both down.
-
-    The bundle is replaced as a whole when everything is done: a build that fails or is killed leaves it as it was.
-
-    Args:
-        bundle: The bundle's folder.
-        trust: Take the bundle's own libraries although they are not what its manifest says.
-        force: Build again what is built.
-        progress: Told of every step.
-
-    Raises:
-        UsageError: The folder is not a bundle, is built already, or is for a target that builds nothing.
-        IntegrityError: A file is changed, missing or additional.
-        MachineError: This machine lacks the hardware or the toolchain.
-        UnsupportedError: The vendor's compiler refuses the model.
-        AccuracyError: The bundle was written, and the engine is not what was asked for, or not within tolerance; `.result` is the
-            BuildResult.
-    """
-    step = (progress or Silent()).step
-    manifest = bundles.read_manifest(bundle)
-    target = TARGETS[manifest.target]()
-    engines = target.engines(manifest)
-    if not engines:
-        raise UsageError(f"{manifest.target} needs no build: {bundle} can be used as it is")
-    if not force and any(stage.name == "plan" and stage.verdict == "built" for stage in manifest.stages):
-        raise UsageError(f"{bundle} is built already", hint="--force builds it again")
-    with step("checking the files"):
-        bundles.check_integrity(bundle, manifest, trusted=engines if trust else ())
-    inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
-    with bundles.rewriting(bundle) as folder:
-        with step(f"building for {manifest.device}"):
-            built = target.build(folder, manifest, required=True, trust=trust)
-        assert built is not None
-        changed = [built.stage]
-        manifest = manifest.model_copy(
-            update={
-                "device": built.device or manifest.device,
-                "details": {**manifest.details, **_json(built.details)},
-                "versions": {**manifest.versions, **_versions()},
-            }
-        )
-        for stage in target.stages(folder, manifest, trust=trust):
-            if stage.name == "device":
-                with step(f"verifying the artifact: {stage.name}"):
-                    changed.append(run_stage(stage, inputs, reference, Tolerance(**manifest.tolerance))[0])
-        names = {stage.name for stage in changed}
-        stages = (*(s for s in manifest.stages if s.name not in names), *changed)
-        manifest = manifest.model_copy(update={"stages": stages, "verdict": bundles.weakest(stages)})
-        with step("writing the report"):
-            rewrite_report(folder, manifest, notes=built.notes)
-            manifest = bundles.write_manifest(folder, manifest)
-    result = BuildResult(bundle, manifest, tuple(changed))
-    if result.exit_code:
-        raise AccuracyError(f"{bundle} was built, and the engine is not what was asked for", reasons=misses(result.stages), result=result)
-    return result
-
-
-def verify(bundle: Path, *, trust: bool = False, progress: Progress | None = None) -> VerifyResult:
-    """Checks that a bundle's files are what its manifest says, then executes the artifact over the stored cases again.
-
-    Args:
-        bundle: The bundle's folder.
-        trust: Execute an engine, or load a library, that is not what the manifest says. Such a file can run any code.
-        progress: Told of every step.
-
-    Raises:
-        UsageError: The folder is not a bundle.
-        IntegrityError: A file is changed, missing or additional.
-        AccuracyError: A stage is not within the tolerance that the manifest holds; `.result` is the VerifyResult.
-    """
-    step = (progress or Silent()).step
-    manifest = bundles.read_manifest(bundle)
-    with step("checking the files"):
-        target = TARGETS[manifest.target]()
-        bundles.check_integrity(bundle, manifest, trusted=target.engines(manifest) if trust else ())
-    inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
-    try:
-        tolerance = Tolerance(**manifest.tolerance)
-        to_run = target.stages(bundle, manifest, trust=trust)
-    except (TypeError, ValidationError) as error:
-        raise IntegrityError(
-            f"the manifest of {bundle} cannot be used: {error}", hint="export again with this version of isthmus"
-        ) from error
-    if not manifest.tolerance:
-        raise IntegrityError(f"the manifest of {bundle} holds no tolerance, so that nothing could fail", hint="export again")
-    found = []
-    for stage in to_run:
-        with step(f"verifying the artifact: {stage.name}"):
-            found.append(run_stage(stage, inputs, reference, tolerance)[0])
-    result = VerifyResult(bundle, manifest, tuple(found))
-    if result.exit_code:
-        raise AccuracyError(
-            f"the artifact in {bundle} is not within its tolerance of PyTorch", reasons=misses(result.stages), result=result
-        )
-    return result
-
-
-def report(bundle: Path) -> Path:
-    """Renders the report of a bundle again, from what it holds, and returns the page's path.
-
-    A page that is missing or differs is replaced, and its hash in the manifest with it; no other hash is touched.
-
-    Raises:
-        UsageError: The folder is not a bundle.
-        IntegrityError: What the page is made from is not what the manifest says.
-    """
-    manifest = bundles.read_manifest(bundle)
-    path = bundle / "report.html"
-    page = render(bundle).encode()
-    if not path.is_file() or path.read_bytes() != page:
-        bundles.replace_file(bundle, manifest, "report.html", page)
-    return path
-
-
-def inspect(bundle: Path) -> dict[str, Any]:
-    """What a bundle is, as JSON values: its manifest without measurements and hashes, and the size of every file in bytes.
-
-    A file that is missing, or whose name leads out of the bundle, has no size: `verify` says which.
-
-    Raises:
-        UsageError: The folder is not a bundle.
-        IntegrityError: Its manifest is not one that this version understands.
-    """
-    manifest = bundles.read_manifest(bundle)
-    value: dict[str, Any] = manifest.model_dump(mode="json", by_alias=True, exclude={"stages", "files"})
-    value["stages"] = [{"name": s.name, "verdict": s.verdict, "reason": s.reason, "device": s.device} for s in manifest.stages]
-    paths = {name: bundles.inside(bundle, name) for name in manifest.files}
-    value["files"] = {name: path.stat().st_size if path is not None and path.is_file() else None for name, path in paths.items()}
-    return value
-
-
 def _name(model: Model) -> str:
     if isinstance(model, str):
         return model.rsplit(":", 1)[-1]
@@ -431,6 +321,20 @@ def _sampler(source: Source) -> Sampler | None:
     allowed = source.ranges.get("batch")
     fits = allowed.min <= sampler.batch <= allowed.max if allowed else source.sizes.get("batch") == sampler.batch
     return sampler if fits else None
+
+
+def _graph_sampler(source: Source) -> GraphSampler:
+    """The model's sampler, which has to be one that can be written as a graph.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if isinstance(sampler := _sampler(source), GraphSampler):
+        return sampler
+    raise UsageError(
+        f"--sampler loop writes a model's sampler as a graph, and {source.name} comes without one",
+        hint="that needs a registered model that has a sampler, its trained weights, and a batch of the sampler's size",
+    )
 
 
 def load_data(
@@ -490,15 +394,3 @@ def _release(weight_bytes: int) -> None:
     gc.collect()
     if weight_bytes > 2**26 and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("isthmus", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _json(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,3 +135,17 @@ def _summary(manifest: Manifest, stages: tuple[StageResult, ...]) -> dict[str, A
         "stages": [s.model_dump(mode="json", exclude={"metrics": {"__all__": {"histogram"}}}) for s in stages],
         "exit_code": _exit_code(stages),
     }
+
+
+def tool_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that have a say in an export."""
+    versions = {"python": platform.python_version()}
+    for name in ("isthmus", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def json_values(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping with lists in place of tuples, as JSON has them."""
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}

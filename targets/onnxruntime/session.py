@@ -53,6 +53,7 @@ class OnnxRuntimeRunner(Runner):
         provider: `cpu` or `cuda`.
         optimization: Graph optimisation level.
         threads: Threads within an operator, 0 for ONNX Runtime's choice.
+        lean: Hold weights once: no packed copies beside them, which cost as much memory again and save time.
         kernels: The library of our operators' CPU kernels; None for their bodies in the file, which is what every ONNX Runtime does.
 
     Raises:
@@ -67,6 +68,7 @@ class OnnxRuntimeRunner(Runner):
         provider: Literal["cpu", "cuda"] = "cpu",
         optimization: Literal["disable", "basic", "extended", "all"] = "all",
         threads: int = 0,
+        lean: bool = False,
         kernels: Path | None = None,
     ) -> None:
         wanted = check_provider(provider)
@@ -81,6 +83,8 @@ class OnnxRuntimeRunner(Runner):
         }[optimization]
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 3  # errors; they also arrive as exceptions
+        if lean:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
         if kernels is not None:
             try:
                 settings.register_custom_ops_library(str(kernels))

@@ -23,7 +23,7 @@ class WidenedRunner(OnnxRuntimeRunner):
         try:
             copy = Path(self._folder.name) / path.name
             onnx_files.save(model, copy, bytes_of_weights=weights)
-            super().__init__(copy)
+            super().__init__(copy, lean=True)
         except BaseException:
             self._folder.cleanup()
             raise

@@ -345,7 +345,7 @@ def _onnx_opener(path: Path, *, widened: bool) -> Callable[[], Runner]:
         from ..onnxruntime.session import OnnxRuntimeRunner
         from ..onnxruntime.widened import WidenedRunner
 
-        return WidenedRunner(path) if widened else OnnxRuntimeRunner(path)
+        return WidenedRunner(path) if widened else OnnxRuntimeRunner(path, lean=True)
 
     return make
 
