@@ -381,7 +381,7 @@ def test_accuracy_error_of_verify_prints_the_stages(run, bundle, monkeypatch):
         bundle=bundle, verdict="failed", stages=pipeline.bundles.read_manifest(bundle).stages, summary=lambda: {"verdict": "failed"}
     )
 
-    def verify(path, *, progress):
+    def verify(path, *, trust, progress):
         raise AccuracyError("not within its tolerance", result=missed)
 
     monkeypatch.setattr("isthmus.pipeline.verify", verify)

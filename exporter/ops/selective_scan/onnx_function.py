@@ -1,7 +1,8 @@
 """The selective scan in standard ONNX operators: a Scan over the tokens.
 
 States are (batch, groups, channels of a group, state), so that B and C of a group broadcast over its channels and are never repeated.
-The sum over the state is a product and a sum: TensorRT-RTX 1.7.1 fails on a MatMul in the Scan ("mismatched number of elements in reshape op").
+The sum over the state is a product and a sum: TensorRT-RTX 1.7.1 fails on a MatMul in the Scan ("mismatched number of elements in
+reshape op").
 """
 
 from __future__ import annotations
