@@ -22,8 +22,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file run in one process, because they share what is made once; the sweep's, of one implementation in one process."""
+    """Tests of one file run in one process, because they share what is made once; the sweep's, of one implementation in one process.
+
+    A test that shares nothing names a group of its own.
+    """
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         swept = getattr(item, "callspec", None) and item.callspec.params.get("swept")
         item.add_marker(pytest.mark.xdist_group(swept[1] if swept else item.path.relative_to(ROOT).as_posix()))
 

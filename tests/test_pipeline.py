@@ -34,7 +34,7 @@ SMALL = [name for name in MODELS if name.endswith(("-tiny", "-digits"))]
 PRECISIONS = [(target, precision) for target in TARGETS for precision in TARGETS[target].precisions]
 # tensorrt and tensorrt-rtx share everything but the build, which happens here for the latter alone; models that draw pictures take long.
 COMBINATIONS = [
-    (name, target, precision)
+    pytest.param(name, target, precision, marks=pytest.mark.xdist_group(f"{name}, {target}"))
     for name in SMALL
     for target, precision in PRECISIONS
     if (name == "dit-tiny" if target == "tensorrt" else name.endswith("-tiny") or target == "onnxruntime" or precision == "fp8")
