@@ -26,6 +26,7 @@ from isthmus.exporter.errors import (
     UnsupportedError,
     UsageError,
 )
+from isthmus.exporter.ops.plugin import headers
 from isthmus.exporter.spec import MODELS, Dynamic, SizeRange
 from isthmus.exporter.target import TARGETS
 from isthmus.models.flow import RectifiedFlowSampler
@@ -101,6 +102,16 @@ def two_inputs() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return TwoInputs(), (torch.randn(4, 8), torch.rand(4, 1))
 
 
+@pytest.fixture(scope="module")
+def _headers() -> None:
+    """TensorRT's headers, from which the plugins of models with scans are built."""
+    try:
+        headers.find()
+    except MachineError:
+        headers.fetch()
+
+
+@pytest.mark.usefixtures("_headers")
 @pytest.mark.parametrize(("name", "target", "precision"), COMBINATIONS)
 def test_every_small_model_is_verified_on_every_target(name: str, target: str, precision: str, tmp_path: Path) -> None:
     calibration = {"calibration_data": "random", "calibration_size": 2} if precision in TARGETS[target].calibrated else {}
