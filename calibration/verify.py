@@ -31,8 +31,8 @@ SAMPLE_TOLERANCES: Mapping[str, Tolerance] = {
     # 60 dB is a quarter of one grey level in 8 bits, 40 dB some two and a half.
     "fp32": Tolerance(min_psnr=60.0),
     "fp16": Tolerance(min_psnr=40.0),
-    # 30 dB is a rms difference of 3 % of black to white: a classifier names as many of the digits rightly.
-    "bf16": Tolerance(min_psnr=30.0),
+    # What their outputs are held to: 30 dB is a rms difference of 3 % of black to white.
+    "bf16": Tolerance(min_psnr=40.0),
     "fp8": Tolerance(min_psnr=30.0),
 }
 

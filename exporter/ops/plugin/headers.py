@@ -53,6 +53,18 @@ def find(root: Path | None = None) -> Path:
     )
 
 
+def find_or_fetch() -> Path:
+    """As `find`, and `fetch` where there are none: for development and tests.
+
+    Raises:
+        MachineError: There are none, and they cannot be downloaded.
+    """
+    try:
+        return find()
+    except MachineError:
+        return fetch()
+
+
 def fetch() -> Path:
     """Downloads the headers for development into the cache folder, once.
 

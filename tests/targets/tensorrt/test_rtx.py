@@ -26,10 +26,7 @@ def without_kernels(monkeypatch):
     """The library of plugins without compiled kernels, which takes seconds to make and builds the same plans."""
     try:
         plugin_build.find_compiler()
-        try:
-            headers.find()
-        except MachineError:
-            headers.fetch()
+        headers.find_or_fetch()
     except MachineError as error:
         pytest.skip(f"not run: {error}")
     monkeypatch.setattr(plugins, "architectures", lambda _: ())

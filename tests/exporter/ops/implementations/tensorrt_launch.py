@@ -27,10 +27,7 @@ ALIGNMENT = 256  # of what cudaMalloc returns
 def not_run() -> str:
     try:
         build.find_compiler()
-        try:
-            headers.find()
-        except MachineError:
-            headers.fetch()
+        headers.find_or_fetch()
     except MachineError as error:
         return str(error)
     return ""
