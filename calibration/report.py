@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Manifest, OutputMetrics, Verdict, read_manifest, write_text
+from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Manifest, OutputMetrics, Table, Verdict, read_manifest, write_text
 from ..exporter.errors import IntegrityError
 from ..exporter.spec import Samples, Tolerance
 from .figures import amplification, write_png
@@ -115,6 +115,7 @@ class Report(Manifest):
         pictures: The samples, where the model has a sampler.
         warnings: Sentences that the page shows in red, above everything else.
         notes: Sentences about the lowering.
+        tables: Tables of the target.
         facts: Further figures.
         file_sizes: Path to bytes of the bundle's files, when the report was written.
     """
@@ -125,6 +126,7 @@ class Report(Manifest):
     pictures: PictureGrid | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
     facts: dict[str, Any] = Field(default_factory=dict)
     file_sizes: dict[str, int] = Field(default_factory=dict)
 
@@ -136,15 +138,17 @@ def write_report(folder: Path, manifest: Manifest, *, pictures: Pictures | None 
         folder: The bundle's folder, with the artifact's files in it and without a manifest.
         manifest: What is going to be the manifest; its `files` are not used.
         pictures: Samples of PyTorch and of the artifact from the same seed.
-        facts: What else to show. `warnings` and `notes` are sequences of sentences; everything else is listed by its key.
+        facts: What else to show. `warnings` and `notes` are sequences of sentences, `tables` of `Table`; everything else is listed by its key.
     """
     rest = dict(facts or {})
     warnings, notes = (_sentences(rest.pop(key, ())) for key in ("warnings", "notes"))
+    tables = rest.pop("tables", ())
     report = _report(
         manifest,
         pictures=_write_pictures(folder, pictures) if pictures is not None else None,
         warnings=warnings,
         notes=notes,
+        tables=tables,
         facts=rest,
         file_sizes=_file_sizes(folder),
     )
@@ -176,6 +180,7 @@ def rewrite_report(folder: Path, manifest: Manifest, *, notes: Sequence[str] = (
         pictures=old.pictures,
         warnings=old.warnings,
         notes=(*old.notes, *(n for n in notes if n not in old.notes)),
+        tables=old.tables,
         facts=old.facts,
         file_sizes=_file_sizes(folder),
     )
@@ -193,7 +198,7 @@ def render(folder: Path) -> str:
         IntegrityError: `report.json` or a picture is missing, damaged, or not what this version writes.
     """
     manifest, old = read_manifest(folder), _read(folder)
-    kept = {name: getattr(old, name) for name in ("pictures", "warnings", "notes", "facts", "file_sizes")}
+    kept = {name: getattr(old, name) for name in ("pictures", "warnings", "notes", "tables", "facts", "file_sizes")}
     return _page(folder, _report(manifest, **kept))
 
 

@@ -174,9 +174,24 @@ def _text(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return number(value)
+    if isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
+        return f"{len(value)} {'entry' if len(value) == 1 else 'entries'}, in manifest.json"
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return json.dumps(value, default=str) if isinstance(value, Mapping) else str(value)
+
+
+def cell(value: str | float | None, kind: str) -> str:
+    """A value of a `Table`, by the kind of its column."""
+    if value is None:
+        return "–"
+    if kind in ("text", "code"):
+        return str(value)
+    if kind == "share":
+        return share(round(float(value) * 10**6), 10**6)
+    if kind in ("count", "size"):
+        return {"count": count, "size": size}[kind](int(value))
+    return {"number": number, "decibel": decibel}[kind](float(value))
 
 
 FILTERS: Mapping[str, Callable[..., Any]] = {
@@ -187,6 +202,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "count": count,
     "size": size,
     "shape": shape,
+    "cell": cell,
     "share": share,
     "bounds": bounds,
     "flat": flat,

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from .errors import IntegrityError, IsthmusError, Reason, UsageError
 
@@ -133,6 +133,42 @@ class TensorInfo(_Strict):
     dtype: str
     shape: tuple[int | str, ...]
     range: tuple[Decibel, Decibel] | None = None
+
+
+class Column(_Strict):
+    """One column of a `Table`.
+
+    Attributes:
+        name: Its heading.
+        kind: How its values are written: `text`, `code`, `count` (integers), `number`, `size` (bytes), `decibel`, or `share` (0 to 1, a bar).
+    """
+
+    name: str
+    kind: Literal["text", "code", "count", "number", "size", "decibel", "share"] = "text"
+
+
+class Table(_Strict):
+    """Figures that a target gives the report.
+
+    Attributes:
+        name: A short name of letters and hyphens, unique in the report.
+        title: What people read above it.
+        lead: One or two sentences on what it shows.
+        columns: Its columns.
+        rows: Its rows, with a value for each column; None where there is none.
+    """
+
+    name: Annotated[str, Field(pattern=r"\A[a-z][a-z0-9-]*\z")]
+    title: str
+    lead: str = ""
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str | int | float | None, ...], ...]
+
+    @model_validator(mode="after")
+    def _full(self) -> Table:
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"the table {self.name} has a row of another length than {len(self.columns)}")
+        return self
 
 
 class WeightsInfo(_Strict):

@@ -60,18 +60,32 @@ def load_source(
     dynamic: Sequence[Dynamic],
     batch_size: int | None,
     seed: int,
+    fixed: str = "",
 ) -> Source:
     """Builds the module, loads its weights and makes its example inputs.
+
+    Args:
+        model: See `pipeline.export`, as for the others.
+        settings: Settings of a registered model.
+        weights: A weights file.
+        inputs: Example inputs of a module.
+        dynamic: Axes that may vary.
+        batch_size: A fixed batch size.
+        seed: Seed of random weights and inputs.
+        fixed: The option by which all sizes are those of the example; empty where they may vary.
 
     Raises:
         UsageError: An argument does not fit the model.
         WeightsError: The weights file cannot be used.
         UnsupportedError: The example inputs are not tensors.
     """
+    if fixed and dynamic:
+        raise UsageError(f"--dynamic lets sizes vary, and {fixed} fixes them", hint="leave one of them out")
     if isinstance(model, str) and ":" not in model:
         if inputs is not None:
             raise UsageError(f"{model} is a registered model and has its own example inputs", hint="leave --inputs out")
-        return _registered(model, settings, weights, dynamic, batch_size, seed)
+        source = _registered(model, settings, weights, dynamic, batch_size, seed)
+        return dataclasses.replace(source, dynamic={}, ranges={}) if fixed else source
     if settings:
         raise UsageError("--set is for registered models", hint="set these values where your callable makes the module")
     if batch_size is not None:

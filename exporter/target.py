@@ -7,19 +7,20 @@ A target is one folder under `targets/`. Its module imports no SDK at the top: e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
 
+from .bundle import Table
 from .errors import Reason
 from .ranges import Calibration
 from .registry import Registry
 from .runner import Runner
 from .sampling import LoopSampler
-from .spec import SizeRange
+from .spec import Arrays, SizeRange, Tolerance
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,23 +54,35 @@ class Job(Generic[O]):
 
     Attributes:
         program: The traced PyTorch program.
-        model: The same as ONNX, after the target-independent passes. Not to be changed in place: a target that rewrites makes a copy.
+        model: The same as ONNX, after the target-independent passes; None for a target without opsets. See `onnx`.
         precision: One of the target's `precisions`.
         options: The target's own options.
+        input_names: Names of the graph's inputs, in order.
+        output_names: Names of its outputs, in order.
         peaks: Module path to the largest |value| that the module computed on the example inputs; empty in fp32.
         sizes: The range of each named size that occurs in the shapes of the graph's inputs.
-        calibration: What was observed on calibration data; None where the precision needs none.
+        calibration: What was observed of the ONNX graph's values on calibration data; None where the precision needs none.
+        samples: The calibration data itself, one call of the model each, for a target that has no ONNX graph to observe.
         loop: The sampler to write as one graph around the model; None for a sampler that calls it from outside.
     """
 
     program: torch.export.ExportedProgram
-    model: ir.Model
+    model: ir.Model | None
     precision: str
     options: O
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
     peaks: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, SizeRange] = field(default_factory=dict)
     calibration: Calibration | None = None
+    samples: Sequence[Arrays] = ()
     loop: LoopSampler | None = None
+
+    @property
+    def onnx(self) -> ir.Model:
+        """The program as ONNX. Not to be changed in place: a target that rewrites makes a copy."""
+        assert self.model is not None, "a target that reads the ONNX graph has opsets"
+        return self.model
 
 
 @dataclass(frozen=True)
@@ -80,11 +93,13 @@ class Lowered:
         device: What the artifact is for, in words (`any ONNX Runtime`, `NVIDIA H100 (sm_90)`).
         notes: Facts for the report, in sentences.
         details: Figures for the manifest (node counts, islands, …), JSON values only.
+        tables: Figures for the report that are tables.
     """
 
     device: str
     notes: tuple[str, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,8 +146,11 @@ class Target(ABC, Generic[O]):
         name: The registered name.
         summary: One line for people.
         precisions: What `--precision` may ask for; the first is the default.
-        opsets: The ONNX opsets that the lowering accepts; the first is the default.
+        opsets: The ONNX opsets that the lowering accepts; the first is the default. Empty for a target that lowers from the PyTorch program
+            alone: nothing is translated to ONNX then.
         calibrated: The precisions whose ranges come from calibration data.
+        computes: Precision to the dtype (`fp16` or `bf16`) that its arithmetic is rounded to, for those that round.
+        tolerances: The bounds of a precision, where they are not those of `calibration.metrics.DEFAULT_TOLERANCES`.
         samplers: What `--sampler` may ask for, the default first: `step`, a loop outside of the artifact, and `loop`, one in it.
         Options: The target's own options, a pydantic model whose fields become command line options.
     """
@@ -142,6 +160,8 @@ class Target(ABC, Generic[O]):
     precisions: ClassVar[tuple[str, ...]]
     calibrated: ClassVar[tuple[str, ...]] = ()
     samplers: ClassVar[tuple[str, ...]] = ("step",)
+    computes: ClassVar[Mapping[str, str]] = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp16"}
+    tolerances: ClassVar[Mapping[str, Tolerance]] = {}
     opsets: ClassVar[tuple[int, ...]]
     Options: ClassVar[type[BaseModel]]
 
@@ -157,6 +177,10 @@ class Target(ABC, Generic[O]):
             MachineError: An option asks for hardware or a toolchain that is not here.
         """
 
+    def fixes_sizes(self, options: O) -> str:  # noqa: ARG002 - for those that fix them
+        """The option that fixes every size of the graph at that of the example, as the user would write it; empty where sizes may vary."""
+        return ""
+
     @abstractmethod
     def unsupported(self, job: Job[O]) -> list[Reason]:
         """Every reason why the target cannot take the model; empty when it can."""
@@ -170,7 +194,7 @@ class Target(ABC, Generic[O]):
         """
 
     def observed(self, job: Job[O]) -> tuple[str, ...]:  # noqa: ARG002 - for those that quantise
-        """The names of the values of `job.model` whose ranges the lowering needs, for the `calibrated` precisions.
+        """The names of the values of `job.onnx` whose ranges the lowering needs, for the `calibrated` precisions.
 
         Raises:
             UsageError: The options do not fit the model.

@@ -124,6 +124,26 @@ def dimension_names(
     return names
 
 
+def input_shapes(program: torch.export.ExportedProgram, names: Mapping[str, str]) -> list[tuple[int | str, ...]]:
+    """The shape of each input; a size that varies is a named size, or an expression of torch's symbols."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    return [_shape(values[str(name)], names) for name in program.graph_signature.user_inputs]
+
+
+def output_shapes(program: torch.export.ExportedProgram, names: Mapping[str, str]) -> list[tuple[int | str, ...]]:
+    """The shape of each output that is a tensor; see `input_shapes`."""
+    import torch
+
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    found = (values.get(str(name)) for name in program.graph_signature.user_outputs)
+    return [_shape(value, names) for value in found if isinstance(value, torch.Tensor)]
+
+
+def _shape(value: torch.Tensor, names: Mapping[str, str]) -> tuple[int | str, ...]:
+    symbol = re.compile(r"\bs\d+\b")
+    return tuple(d if isinstance(d, int) else symbol.sub(lambda m: names.get(m[0], m[0]), str(d)) for d in value.shape)
+
+
 def _bad_axes(
     inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]], ranges: Mapping[str, SizeRange]
 ) -> list[Reason]:

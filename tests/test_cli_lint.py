@@ -78,6 +78,14 @@ class TestLint:
         assert "blocks.0.fc: the MatMul is not counted: batch in the shape of d has no value" in result.stdout
         assert result.stderr == ""
 
+    def test_of_many_products_whose_sizes_are_not_known_a_few_are_named(self, run, tmp_path):
+        model = linear()
+        model.graph.node.extend(helper.make_node("MatMul", ["y", "half"], [f"more{i}"], name=f"product {i}") for i in range(5))
+        result = run("lint", file_of(tmp_path, model))
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.count(" is not counted: ") == 4
+        assert "and 3 more products are not counted; give the bundle in place of the file: its manifest has the sizes" in result.stdout
+
     def test_a_file_with_a_warning(self, run, tmp_path):
         """What loses FP8 is an error in an fp8 bundle, a warning in a file of which nothing is known."""
         result = run("lint", file_of(tmp_path, linear(axis=0)), "--target", "tensorrt-rtx")

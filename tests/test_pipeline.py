@@ -25,7 +25,7 @@ from isthmus.exporter.errors import (
     UnsupportedError,
     UsageError,
 )
-from isthmus.exporter.spec import Dynamic, SizeRange
+from isthmus.exporter.spec import MODELS, Dynamic, SizeRange
 
 
 class TwoInputs(nn.Module):
@@ -125,10 +125,18 @@ def test_a_dynamic_range_replaces_the_models_own(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_the_sampler_does_not_have_gives_no_pictures(tmp_path: Path) -> None:
-    result = isthmus.export("dit-digits", "onnxruntime", tmp_path / "b", batch_size=2)
+    result = isthmus.export("dit-digits", "onnxruntime", tmp_path / "b", batch_size=7)
     assert result.manifest.verdict == "verified"
     assert "samples" not in {m.case for s in result.manifest.stages for m in s.metrics}
     assert "No pictures" in (tmp_path / "b" / "report.json").read_text()
+
+
+def test_a_batch_that_divides_the_samplers_draws_its_pictures_in_several_calls(tmp_path: Path) -> None:
+    result = isthmus.export("dit-digits", "onnxruntime", tmp_path / "b", batch_size=2)
+    assert result.manifest.inputs[0].shape[0] == 2
+    (pictures,) = (m for s in result.manifest.stages for m in s.metrics if m.case == "samples")
+    assert pictures.psnr_db > 60
+    assert pictures.shape[0] == MODELS["dit-digits"].spec().sampler.batch // 2  # with guidance, a picture has two rows
 
 
 def test_a_module_that_changes_its_input_and_returns_its_state(tmp_path: Path) -> None:

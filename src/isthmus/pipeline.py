@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
+from isthmus.calibration.batches import InBatches
 from isthmus.calibration.cases import cases_of_example, cases_of_spec, draw_inputs
 from isthmus.calibration.data import RANDOM, CalibrationData, check_size
 from isthmus.calibration.data import calibration_data as read_data
@@ -42,7 +42,7 @@ from isthmus.exporter.sampling import GraphSampler
 from isthmus.exporter.source import Model, Source, load_source
 from isthmus.exporter.spec import Dynamic, Sampler, Samples, Tolerance
 from isthmus.exporter.target import TARGETS, Job, Target
-from isthmus.exporter.trace import dimension_names, trace
+from isthmus.exporter.trace import dimension_names, input_shapes, output_shapes, trace
 from isthmus.exporter.weights import nonfinite
 from isthmus.finished import build, inspect, report, verify
 from isthmus.results import BuildResult, ExportResult, Progress, Silent, VerifyResult, json_values, misses, tool_versions
@@ -122,8 +122,8 @@ def export(
     chosen: Target[Any] = TARGETS[target]()
     precision = _choose("precision", precision, chosen.precisions)
     sampler = _choose("sampler", sampler, chosen.samplers)
-    opset = _choose("opset", opset, chosen.opsets)
     resolved = chosen.Options.model_validate(options or {})
+    opset = _choose_opset(chosen, opset)
     chosen.check_machine(resolved)
     check_size(calibration_size)
     calibrated = precision in chosen.calibrated
@@ -140,7 +140,14 @@ def export(
 
     with step("building the model"):
         source = load_source(
-            model, settings=settings or {}, weights=weights, inputs=inputs, dynamic=dynamic, batch_size=batch_size, seed=seed
+            model,
+            settings=settings or {},
+            weights=weights,
+            inputs=inputs,
+            dynamic=dynamic,
+            batch_size=batch_size,
+            seed=seed,
+            fixed=chosen.fixes_sizes(resolved),
         )
         # Weights from a file were checked as they were read.
         if source.weights.origin == "module" and (reasons := nonfinite(source.module)):
@@ -152,7 +159,7 @@ def export(
     )
     cases["example"] = dict(source.example)
     in_graph = _graph_sampler(source) if sampler == "loop" else None
-    tolerance = _tolerance(source, precision, atol, rtol, min_psnr)
+    tolerance = _tolerance(source, chosen, precision, atol, rtol, min_psnr)
 
     # What the artifacts are measured against must not be computed by the kernels that one of them runs.
     with step("running PyTorch"), native_kernels(False):
@@ -178,32 +185,33 @@ def export(
     with step("checking the trace against PyTorch"), native_kernels(False):
         result, peaks = check_trace(program, source.example, arrays, reference, with_peaks=precision != "fp32")
         stages.append(result)
-    if half := {"fp16": "fp16", "bf16": "bf16", "fp8": "fp16"}.get(precision):
+    if half := chosen.computes.get(precision):
         with step(f"running PyTorch rounded to {half}"), native_kernels(False):
-            # FP8 is not part of this stage, nor is its looser bound.
-            bounds = _tolerance(source, half, atol, rtol, min_psnr)
+            # What is narrower than that is not part of this stage, nor is its looser bound.
+            bounds = _tolerance(source, chosen, half, atol, rtol, min_psnr)
             stages.append(check_rounded(program, source.example, arrays, reference, half, peaks, bounds))
-    with step("translating to ONNX"):
-        onnx_model = onnx_files.to_onnx(
-            program,
-            opset=opset,
-            input_names=list(source.example),
-            output_names=names,
-            dimension_names=dimension_names(program, source.dynamic, source.example),
-        )
-    with step("optimising the graph"):
-        onnx_model = optimise(onnx_model)
+    dimensions = dimension_names(program, source.dynamic, source.example)
+    onnx_model = None
+    if opset is not None:
+        with step("translating to ONNX"):
+            onnx_model = onnx_files.to_onnx(
+                program, opset=opset, input_names=list(source.example), output_names=names, dimension_names=dimensions
+            )
+        with step("optimising the graph"):
+            onnx_model = optimise(onnx_model)
     job: Job[Any] = Job(
         program=program,
         model=onnx_model,
         precision=precision,
         options=resolved,
+        input_names=tuple(source.example),
+        output_names=names,
         peaks=peaks,
         sizes=source.ranges,
         loop=in_graph.loop() if in_graph else None,
     )
     with step("checking the target's support"):
-        if reasons := [*chosen.unsupported(job), *(misfits(onnx_model.graph, job.loop) if job.loop else ())]:
+        if reasons := [*chosen.unsupported(job), *(misfits(job.onnx.graph, job.loop) if job.loop else ())]:
             raise UnsupportedError(
                 f"{target} does not support {source.name} in {precision}", reasons=reasons, hint="see `isthmus list targets` for the others"
             )
@@ -221,8 +229,8 @@ def export(
             "dynamic": {f"{name}:{axis}": size for name, axes in source.dynamic.items() for axis, size in axes.items()},
             target: resolved.model_dump(mode="json"),
         },
-        inputs=_tensor_infos(onnx_model.graph.inputs, arrays),
-        outputs=_tensor_infos(onnx_model.graph.outputs, reference),
+        inputs=_tensor_infos(arrays, input_shapes(program, dimensions)),
+        outputs=_tensor_infos(reference, output_shapes(program, dimensions)),
         sizes={size: (r.min, r.opt, r.max) for size, r in source.ranges.items()},
         weights=source.weights,
         tolerance={key: value for key, value in dataclasses.asdict(tolerance).items() if value is not None},
@@ -230,7 +238,7 @@ def export(
         stages=tuple(stages),
         versions=tool_versions(),
     )
-    observed = chosen.observed(job) if data is not None else ()
+    observed = chosen.observed(job) if data is not None and job.model is not None else ()
     warnings = [_RANDOM] if data is not None and data.source == RANDOM else []
     if dry_run:
         return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
@@ -240,8 +248,10 @@ def export(
         copies = 2 if job.loop and source.weights.bytes <= onnx_files.EXTERNAL_DATA_BYTES else 1
         _check_space(folder, copies * source.weights.bytes)
         if data is not None:
+            job = dataclasses.replace(job, samples=data.sets)
+        if data is not None and job.model is not None:
             with step("calibrating"):
-                observer = Observer(job.model, observed)
+                observer = Observer(job.onnx, observed)
                 job = dataclasses.replace(job, calibration=observer.observe(data))
                 stages.append(check_graph(observer, arrays, reference))
                 del observer
@@ -287,7 +297,7 @@ def export(
                 folder,
                 manifest,
                 pictures=Pictures(pictures, drawn) if pictures and drawn else None,
-                facts={"notes": [*lowered.notes, *notes], "warnings": warnings},
+                facts={"notes": [*lowered.notes, *notes], "warnings": warnings, "tables": lowered.tables},
             )
             manifest = bundles.write_manifest(folder, manifest)
     result_ = ExportResult(destination, manifest)
@@ -315,14 +325,27 @@ def _choose(kind: str, value: Any, allowed: Sequence[Any]) -> Any:
     return value
 
 
+def _choose_opset(target: Target[Any], opset: int | None) -> int | None:
+    if target.opsets:
+        return int(_choose("opset", opset, target.opsets))
+    if opset is not None:
+        raise UsageError(f"{target.name} is lowered from the PyTorch program, not from ONNX, so --opset has no use", hint="leave it out")
+    return None
+
+
 def _sampler(source: Source) -> Sampler | None:
     """The model's sampler, where its weights are trained ones and the artifact will take its batches."""
     sampler = source.spec.sampler if source.spec and source.weights.origin in ("shipped", "file") else None
     if sampler is None:
         return None
-    allowed = source.ranges.get("batch")
-    fits = allowed.min <= sampler.batch <= allowed.max if allowed else source.sizes.get("batch") == sampler.batch
-    return sampler if fits else None
+    if allowed := source.ranges.get("batch"):
+        return sampler if allowed.min <= sampler.batch <= allowed.max else None
+    rows = source.sizes.get("batch", 0)
+    if rows == sampler.batch:
+        return sampler
+    assert source.spec is not None
+    axes = {name: axis for name, sizes in source.spec.dynamic.items() for axis, size in sizes.items() if size == "batch"}
+    return InBatches(sampler, rows, axes) if axes and rows and sampler.batch % rows == 0 else None
 
 
 def _graph_sampler(source: Source) -> GraphSampler:
@@ -357,24 +380,24 @@ def load_data(
     return read_data(text, example=example, dynamic=source.dynamic, sampler=_sampler(source), run=run, draw=draw, seed=seed, size=size)
 
 
-def _tolerance(source: Source, precision: str, atol: float | None, rtol: float | None, min_psnr: float | None) -> Tolerance:
-    base = (source.spec.tolerances if source.spec else {}).get(precision) or DEFAULT_TOLERANCES[precision]
+def _tolerance(
+    source: Source, target: Target[Any], precision: str, atol: float | None, rtol: float | None, min_psnr: float | None
+) -> Tolerance:
+    base = {**DEFAULT_TOLERANCES, **target.tolerances, **(source.spec.tolerances if source.spec else {})}[precision]
     if atol is not None or rtol is not None:
         base = dataclasses.replace(base, max_relative=None, atol=atol or 0.0, rtol=rtol or 0.0)
     return base if min_psnr is None else dataclasses.replace(base, min_psnr=min_psnr)
 
 
-def _tensor_infos(values: Sequence[ir.Value], cases: CaseArrays) -> tuple[TensorInfo, ...]:
+def _tensor_infos(cases: CaseArrays, shapes: Sequence[tuple[int | str, ...]]) -> tuple[TensorInfo, ...]:
     infos = []
-    for value in values:
-        assert value.name is not None
-        assert value.dtype is not None
-        seen = [a for arrays in cases.values() if (a := arrays[value.name]).size and a.dtype != np.bool_]
+    for (name, example), shape in zip(cases["example"].items(), shapes, strict=True):
+        seen = [a for arrays in cases.values() if (a := arrays[name]).size and a.dtype != np.bool_]
         infos.append(
             TensorInfo(
-                name=value.name,
-                dtype=str(value.dtype.numpy()),
-                shape=tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ()),
+                name=name,
+                dtype=str(example.dtype),
+                shape=shape,
                 range=(min(float(a.min()) for a in seen), max(float(a.max()) for a in seen)) if seen else None,
             )
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from isthmus.results import BuildResult, ExportResult, VerifyResult
 
 _MODULES = 10  # of those that are not wholly in FP8, how many are named
+_UNCOUNTED = 4  # of the products whose sizes are not known, how many are named
 
 
 class Progress:
@@ -137,8 +138,11 @@ def print_findings(report: LintReport) -> None:
             print_table(("module", "GFLOP", "in FP8", "of all"), rows)
         if len(half) > _MODULES:
             print(f"and {len(half) - _MODULES} more: --format json has them")
-        for reason in covered.uncounted:
+        for reason in covered.uncounted[:_UNCOUNTED]:
             print(reason)
+        if len(covered.uncounted) > _UNCOUNTED:
+            rest = f"and {len(covered.uncounted) - _UNCOUNTED} more products are not counted"
+            print(rest if report.target else f"{rest}; give the bundle in place of the file: its manifest has the sizes")
     counts = ", ".join(f"{n} {severity}{'s' if n != 1 and severity != 'info' else ''}" for severity, n in report.counts.items())
     rules = f"{report.rules} rules{f' of {report.target}' if report.target else ''}"
     print(f"{report.path}: {counts} ({rules})" if report.rules else f"{report.path}: there are no rules of {report.target}")

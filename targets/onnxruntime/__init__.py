@@ -73,7 +73,7 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
         """Nodes that ONNX Runtime does not know, element types that its CPU kernels lack, and what `--ssm-op onnx27` cannot express."""
         from .support import unsupported, without_standard_operator
 
-        return unsupported(job.model) + (without_standard_operator(job.model) if job.options.ssm_op == "onnx27" else [])
+        return unsupported(job.onnx) + (without_standard_operator(job.onnx) if job.options.ssm_op == "onnx27" else [])
 
     def lower(self, job: Job[OnnxRuntimeOptions], folder: Path) -> Lowered:
         """Writes `model.onnx`, and `sampler.onnx` where that is asked for; in fp16, norms, softmax, accumulations and whatever leaves

@@ -17,12 +17,12 @@ from .ssm_op import write_ssm_op
 
 
 def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
-    """Writes `job.model` to `path` in the precision asked for, and checks the file.
+    """Writes `job.onnx` to `path` in the precision asked for, and checks the file.
 
     Raises:
         IsthmusError: The written file is not valid ONNX.
     """
-    model = job.model.clone()
+    model = job.onnx.clone()
     if ExpandAttentionMask()(model).modified:
         NameValues()(model)
     notes: list[str] = []

@@ -53,7 +53,8 @@ class OnnxRuntimeRunner(Runner):
         provider: `cpu` or `cuda`.
         optimization: Graph optimisation level.
         threads: Threads within an operator, 0 for ONNX Runtime's choice.
-        lean: Hold weights once: no packed copies beside them, which cost as much memory again and save time.
+        lean: Hold weights once: no packed copies beside them, which cost as much memory again and save time, and no arena, which keeps
+            what one run used while the next needs other sizes.
         kernels: The library of our operators' CPU kernels; None for their bodies in the file, which is what every ONNX Runtime does.
 
     Raises:
@@ -85,6 +86,8 @@ class OnnxRuntimeRunner(Runner):
         settings.log_severity_level = 3  # errors; they also arrive as exceptions
         if lean:
             settings.add_session_config_entry("session.disable_prepacking", "1")
+            settings.enable_cpu_mem_arena = False
+            settings.enable_mem_pattern = False
         if kernels is not None:
             try:
                 settings.register_custom_ops_library(str(kernels))

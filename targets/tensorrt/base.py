@@ -129,7 +129,7 @@ class TensorRTTarget(Target[O]):
         from .command import FILE, script
         from .lower import write_model
 
-        written, details = write_model(job, folder)
+        written, details, tables = write_model(job, folder)
         sampler = None
         if job.loop is not None:
             # TensorRT-RTX 1.7.1 does not compile its own attention within a loop: Myelin is "called with unknown input tensor".
@@ -143,12 +143,13 @@ class TensorRTTarget(Target[O]):
             device=self.device(job.options),
             notes=(*written, *made),
             details={**details, "build": recipe.model_dump(mode="json")},
+            tables=tuple(tables),
         )
 
     def _plugins(self, job: Job[O], folder: Path) -> tuple[tuple[PluginLibrary, ...], tuple[str, ...]]:
         from .plugins import architectures, copy_into, how_to_make, needed, to_be_made
 
-        operators = needed(job.model) if job.options.ssm_op == "plugin" else ()
+        operators = needed(job.onnx) if job.options.ssm_op == "plugin" else ()
         if not operators:
             return (), ()
         wanted = architectures(self.compute_capabilities(job.options))
@@ -175,7 +176,7 @@ class TensorRTTarget(Target[O]):
     ) -> Recipe:
         from ...exporter.passes._rewrite import dims
 
-        shapes = {value.name or "": tuple(dims(value) or ()) for value in job.model.graph.inputs}
+        shapes = {value.name or "": tuple(dims(value) or ()) for value in job.onnx.graph.inputs}
         sizes = dict(job.sizes)
         if job.loop is not None and sampler is not None:
             batch = shapes[job.loop.latent][0]

@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...exporter.bundle import Column, Table
 from ...exporter.errors import Reason
 from ...exporter.op import DOMAIN
 from ...exporter.passes import module_of
@@ -67,6 +68,26 @@ class Coverage:
     def share(self) -> float:
         """FP8 over all, from 0 to 1; 0 when there is no product."""
         return self.fp8 / self.flops if self.flops else 0.0
+
+    def table(self) -> Table:
+        """As a table of the report."""
+        lead = (
+            f"{100 * self.share:.1f} % of the floating-point operations of matrix products compute in FP8, counted at the sizes that the "
+            "engine is tuned for. Products inside scans and linear attention are not counted."
+        )
+        return Table(
+            name="fp8-coverage",
+            title="FP8 coverage",
+            lead=" ".join([lead, *(f"Not counted: {reason}." for reason in self.uncounted)]),
+            columns=(
+                Column(name="PyTorch module", kind="code"),
+                Column(name="Products", kind="count"),
+                Column(name="FLOPs", kind="count"),
+                Column(name="Of them in FP8", kind="count"),
+                Column(name="Share", kind="share"),
+            ),
+            rows=tuple((r.module, r.products, r.flops, r.fp8, r.fp8 / r.flops if r.flops else None) for r in self.rows),
+        )
 
     def value(self) -> dict[str, Any]:
         """As JSON values."""

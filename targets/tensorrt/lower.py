@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from ...exporter import onnx as onnx_files
+from ...exporter.bundle import Column, Table
 from ...exporter.errors import IsthmusError, UsageError
 from ...exporter.ops.onnx_forms import add_functions, custom_nodes
 from ...exporter.passes import optimise
@@ -39,7 +40,7 @@ def selection(job: Job[Any]) -> Selection:
     Raises:
         UsageError: A pattern of `--fp8-include` or `--fp8-exclude` matches no module with a matrix product.
     """
-    found = select(job.model, include=job.options.fp8_include, exclude=job.options.fp8_exclude)
+    found = select(job.onnx, include=job.options.fp8_include, exclude=job.options.fp8_exclude)
     if found.unmatched:
         modules = sorted({x.module for x in found.layers} | {x.module for x in found.excluded})
         raise UsageError(
@@ -49,7 +50,7 @@ def selection(job: Job[Any]) -> Selection:
     return found
 
 
-def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any]]:
+def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any], list[Table]]:
     """Writes `model.onnx` and checks it.
 
     Args:
@@ -57,14 +58,14 @@ def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any]]
         folder: The bundle's folder.
 
     Returns:
-        Sentences for the report, and figures for the manifest: `opset`, `nodes`, `operators`, `weight_bytes`, `file_bytes`; in fp8 also
-        `fp8` (`layers` and `excluded`, by node and module), `calibration`; and `coverage`.
+        Sentences for the report; figures for the manifest: `opset`, `nodes`, `operators`, `weight_bytes`, `file_bytes`; in fp8 also `fp8`
+        (`layers` and `excluded`, by node and module), `calibration`; and `coverage`. In fp8, tables for the report.
 
     Raises:
         IsthmusError: The written file is not valid ONNX, or the calibration is missing.
         UsageError: See `selection`.
     """
-    model = job.model.clone()
+    model = job.onnx.clone()
     if ExpandAttentionMask()(model).modified:
         NameValues()(model)
     dtype = _DTYPES[job.precision]
@@ -95,7 +96,7 @@ def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any]]
     onnx_files.check(path, opset=model.opset_imports[""])
     counts = collections.Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph))
     table = coverage(model, {name: size.opt for name, size in job.sizes.items()})
-    return notes, {
+    figures = {
         "opset": model.opset_imports[""],
         "nodes": counts.total(),
         "operators": dict(sorted(counts.items())),
@@ -104,6 +105,16 @@ def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any]]
         **details,
         "coverage": table.value(),
     }
+    return notes, figures, [table.table(), _left(details["fp8"]["excluded"])] if job.precision == "fp8" else []
+
+
+def _left(excluded: Sequence[Mapping[str, str]]) -> Table:
+    return Table(
+        name="fp8-excluded",
+        title="Layers that stay in half precision",
+        columns=(Column(name="PyTorch module", kind="code"), Column(name="Node", kind="code"), Column(name="Why")),
+        rows=tuple((entry["module"], entry["node"], entry["reason"]) for entry in excluded),
+    )
 
 
 def _refused(node: ir.Node) -> bool:
@@ -119,7 +130,7 @@ def _quantize(job: Job[Any], model: ir.Model) -> tuple[list[str], dict[str, Any]
     if calibration is None:
         raise IsthmusError("fp8 needs calibration data", hint="give --calibration-data")
     found = selection(job)
-    quantize = QuantizeFp8(found, calibration.ranges, job.model)
+    quantize = QuantizeFp8(found, calibration.ranges, job.onnx)
     quantize(model)
     left = [*found.excluded, *quantize.skipped]
     notes = [

@@ -40,7 +40,7 @@ _TYPES = frozenset({"COMPLEX64", "COMPLEX128", "DOUBLE", "STRING", "FLOAT8E5M2",
 
 def unsupported(job: Job[TensorRTOptions]) -> list[Reason]:
     """Every reason why TensorRT, or this lowering, cannot take a model, by operator and PyTorch module; repeated reasons are merged."""
-    model, options = job.model, job.options
+    model, options = job.onnx, job.options
     reasons: dict[Reason, None] = dict.fromkeys(_capabilities(job))
     inputs = [(value.name or "", dims(value) or ()) for value in model.graph.inputs]
     reasons.update(dict.fromkeys(profiles_of(inputs, job.sizes)[1]))
@@ -84,7 +84,7 @@ def _capabilities(job: Job[TensorRTOptions]) -> Iterator[Reason]:
     if job.precision == "fp8" and (without := [c for c in chosen if c not in FP8_CAPABILITIES]):
         what = f"GPUs of compute capability {', '.join(without)} have no FP8, expected some of {', '.join(FP8_CAPABILITIES)}"
         yield Reason(what, fix="choose others with --compute-capability, or --precision fp16")
-    nodes = custom_nodes(job.model) if job.options.ssm_op == "plugin" else []
+    nodes = custom_nodes(job.onnx) if job.options.ssm_op == "plugin" else []
     if nodes and (without := [c for c in chosen if c not in KERNELS]):
         names = ", ".join(sorted({node.op_type for node in nodes}))
         what = f"the kernels of {names} are compiled for compute capability {', '.join(KERNELS)}, and not for {', '.join(without)}"
@@ -94,7 +94,7 @@ def _capabilities(job: Job[TensorRTOptions]) -> Iterator[Reason]:
 def _within_loop(job: Job[TensorRTOptions]) -> Iterator[Reason]:
     """What TensorRT-RTX 1.7.1 does not compile when it stands in the loop of a sampler; found by building it."""
     fix = "choose --sampler step"
-    for node in _nodes(job.model, inline=False):
+    for node in _nodes(job.onnx, inline=False):
         if node.domain == DOMAIN and job.options.ssm_op == "plugin" and isinstance(job.options, RTXOptions):
             what = f"{node.op_type} runs as a plugin, and TensorRT-RTX infers no type for one within a loop"
             yield Reason(what, module_of(node), fix)

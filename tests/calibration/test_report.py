@@ -13,8 +13,8 @@ from matplotlib.image import imread
 from isthmus.calibration.figures import SIDE, amplification, to_pixels, write_png
 from isthmus.calibration.metrics import compare
 from isthmus.calibration.report import MAX_PICTURES, Pictures, Report, render
-from isthmus.calibration.wording import at_least_decibel, cosine, flat, headline, number, share, size
-from isthmus.exporter.bundle import StageResult, TensorInfo, WeightsInfo, write_manifest
+from isthmus.calibration.wording import at_least_decibel, cell, cosine, flat, headline, number, share, size
+from isthmus.exporter.bundle import Column, StageResult, Table, TensorInfo, WeightsInfo, write_manifest
 from isthmus.exporter.errors import IntegrityError
 from isthmus.exporter.spec import Samples, Tolerance
 
@@ -346,3 +346,41 @@ def test_other_figures():
     assert [size(n) for n in (0, 1023, 1536, 2_732_096, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "2.61 MiB", "3 GiB"]
     assert [share(n, 1000) for n in (0, 1, 500, 999, 1000)] == ["0", "<1 %", "50 %", ">99 %", "100 %"]
     assert flat({"a": {"b": [1, 2.5], "c": {}}, "d": None}) == [("a.b", "1, 2.5"), ("a.c", "none"), ("d", "none")]
+
+
+COVERAGE = Table(
+    name="fp8-coverage",
+    title="FP8 coverage",
+    lead="Nearly all.",
+    columns=(Column(name="Module", kind="code"), Column(name="FLOPs", kind="count"), Column(name="Share", kind="share"), Column(name="Why")),
+    rows=(("blocks.0.attn", 1_500_000, 0.5, HOSTILE), ("head", 0, None, "a first layer")),
+)
+
+
+def test_tables_of_the_target_are_shown_and_survive_a_second_rendering(tmp_path):
+    page = written(tmp_path, manifest(), facts={"tables": (COVERAGE,)})
+    assert HOSTILE not in page
+    text = words(page)
+    assert "FP8 coverage Nearly all. Module FLOPs Share Why blocks.0.attn 1 500 000 50 %" in text
+    assert text[text.index("head 0") :].startswith("head 0 – a first layer")
+    assert Report.model_validate_json((tmp_path / "report.json").read_bytes()).tables == (COVERAGE,)
+    write_manifest(tmp_path, manifest())
+    assert render(tmp_path) == page
+
+
+def test_a_table_has_rows_as_long_as_its_columns():
+    with pytest.raises(ValueError, match="another length"):
+        Table(name="t", title="T", columns=(Column(name="a"),), rows=(("x", 1),))
+    with pytest.raises(ValueError, match="pattern"):
+        Table(name="a b", title="T", columns=(), rows=())
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (None, "count", "–"), ("x", "code", "x"), (0.0213, "number", "0.0213"), (2048, "size", "2 KiB"),
+        (41.26, "decibel", "41.3"), (0.9999, "share", ">99 %"),
+    ],
+)  # fmt: skip
+def test_cells_are_written_by_the_kind_of_their_column(value, kind, text):
+    assert cell(value, kind) == text
