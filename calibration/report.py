@@ -138,7 +138,8 @@ def write_report(folder: Path, manifest: Manifest, *, pictures: Pictures | None 
         folder: The bundle's folder, with the artifact's files in it and without a manifest.
         manifest: What is going to be the manifest; its `files` are not used.
         pictures: Samples of PyTorch and of the artifact from the same seed.
-        facts: What else to show. `warnings` and `notes` are sequences of sentences, `tables` of `Table`; everything else is listed by its key.
+        facts: What else to show. `warnings` and `notes` are sequences of sentences, `tables` of `Table`; everything else is listed by its
+            key.
     """
     rest = dict(facts or {})
     warnings, notes = (_sentences(rest.pop(key, ())) for key in ("warnings", "notes"))

@@ -140,7 +140,8 @@ class Column(_Strict):
 
     Attributes:
         name: Its heading.
-        kind: How its values are written: `text`, `code`, `count` (integers), `number`, `size` (bytes), `decibel`, or `share` (0 to 1, a bar).
+        kind: How its values are written: `text`, `code`, `count` (integers), `number`, `size` (bytes), `decibel`, or `share` (0 to 1, a
+            bar).
     """
 
     name: str

@@ -352,7 +352,12 @@ COVERAGE = Table(
     name="fp8-coverage",
     title="FP8 coverage",
     lead="Nearly all.",
-    columns=(Column(name="Module", kind="code"), Column(name="FLOPs", kind="count"), Column(name="Share", kind="share"), Column(name="Why")),
+    columns=(
+        Column(name="Module", kind="code"),
+        Column(name="FLOPs", kind="count"),
+        Column(name="Share", kind="share"),
+        Column(name="Why"),
+    ),
     rows=(("blocks.0.attn", 1_500_000, 0.5, HOSTILE), ("head", 0, None, "a first layer")),
 )
 
