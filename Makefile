@@ -13,7 +13,7 @@ PARITY_READY := $(PARITY_VENV)/.ready
 PARITY_REQUIREMENTS := tests/parity/requirements.txt
 
 # The folders are reached through src/isthmus/, where relative imports are what they will be in the wheel.
-SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py findings.py finished.py parameters.py pipeline.py process.py results.py terminal.py cli.py exporter targets models calibration) tests benchmarks training)
+SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py calibrating.py differences.py differences_text.py embedding.py findings.py finished.py parameters.py pipeline.py process.py results.py terminal.py cli.py exporter targets models calibration) tests benchmarks training)
 
 .PHONY: help demo test check kernels parity bench clean
 

@@ -1,24 +1,24 @@
-"""Where calibration inputs come from: files, real sampling trajectories, or random numbers when they are asked for in that word."""
+"""Where calibration inputs come from: files, a callable, real sampling trajectories, or random numbers when asked for in that word."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..exporter.bundle import read_cases
-from ..exporter.errors import IntegrityError, IsthmusError, Reason, UsageError
+from ..exporter.errors import Reason, UsageError
+from ..exporter.preprocess import Preprocess
 from ..exporter.spec import Arrays, Sampler
+from .files import MAX_SETS, Expected, called_sets, is_callable_path, read_sets
 
 RANDOM = "random"
+TRAJECTORIES = "trajectories"
 DEFAULT_SIZE = 32
 """Sets of inputs, when `--calibration-size` does not say."""
-
-MAX_SIZE = 2**16
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,28 @@ class CalibrationData:
     """Sets of inputs to observe a model on.
 
     Attributes:
-        source: `trajectories`, `random`, or the name of the file or folder.
+        source: `trajectories`, `random`, or the name of the file, folder or callable.
         sets: One call of the model each: inputs by name.
+        timestep: The name of the input that holds the timestep of each row; empty where there is none.
     """
 
     source: str
     sets: Sequence[Arrays]
+    timestep: str = ""
+
+    @property
+    def rows(self) -> int:
+        """The rows of all sets together, by the first axis of their first input."""
+        return sum(first.shape[0] if (first := next(iter(arrays.values()))).ndim else 1 for arrays in self.sets if arrays)
+
+    def times(self, index: int) -> np.ndarray[Any, Any] | None:
+        """The timesteps (rows,) of a set; None where there are none."""
+        times = self.sets[index].get(self.timestep)
+        return times if times is not None and times.ndim == 1 and times.size and np.isfinite(times).all() else None
+
+    def summary(self) -> dict[str, object]:
+        """What the data is, as JSON values for the manifest."""
+        return {"source": self.source, "size": len(self.sets), "rows": self.rows, "sha256": self.sha256()}
 
     def sha256(self) -> str:
         """Of the names, shapes and bytes of all inputs, in order."""
@@ -43,94 +59,70 @@ class CalibrationData:
         return digest.hexdigest()
 
 
-def calibration_data(
+def given_data(
     text: str | None,
     *,
     example: Arrays,
     dynamic: Mapping[str, Collection[int]],
     sampler: Sampler | None,
-    run: Callable[[Arrays], Arrays],
     draw: Callable[[np.random.Generator], Arrays],
     seed: int,
     size: int | None = None,
-) -> CalibrationData:
-    """The calibration inputs that a call asks for.
+    timestep: str = "",
+    preprocess: Preprocess | None = None,
+) -> CalibrationData | None:
+    """The calibration inputs that a call names, read and checked; None for those that the model's own trajectories are to give.
 
     Args:
-        text: `random`, an `.npz` file or a folder of them, or None for the model's own trajectories. A file has one set of inputs under
-            their names, or several under `set/name`.
+        text: `random`; an `.npz` or `.safetensors` file, or a folder of them or of pictures; `module:callable`; or None for the model's own
+            trajectories. See `files.read_sets` and `files.called_sets`.
         example: Example inputs, for names, dtypes and shapes.
         dynamic: For each input, the axes that may have another size than the example's.
         sampler: How pictures are drawn with trained weights; None where there is no such thing.
-        run: One call of the PyTorch model, for the trajectories.
         draw: Draws one set of random inputs.
         seed: Seed of what is drawn.
         size: Number of sets; of a file's, the first so many.
+        timestep: The name of the input that holds the timestep, where the model has one.
+        preprocess: What becomes of pictures.
 
     Raises:
-        UsageError: There is no data and nothing to take it from, or the files do not fit the model; all faults are listed.
+        UsageError: There is no data and nothing to take it from, or it does not fit the model; all faults are listed.
         IntegrityError: A file is damaged.
+        IsthmusError: The callable fails.
     """
-    count = size or DEFAULT_SIZE
     if text == RANDOM:
-        return CalibrationData(RANDOM, [draw(np.random.Generator(np.random.PCG64([seed, i]))) for i in range(count)])
+        sets = [draw(np.random.Generator(np.random.PCG64([seed, i]))) for i in range(size or DEFAULT_SIZE)]
+        return CalibrationData(RANDOM, sets, timestep)
+    expected = Expected(example, {name: tuple(axes) for name, axes in dynamic.items()})
+    if text is not None and is_callable_path(text):
+        return CalibrationData(text, called_sets(text, expected, size or DEFAULT_SIZE), timestep)
     if text is not None:
-        return CalibrationData(Path(text).name, _checked(list(_read(Path(text))), example, dynamic, text)[: size or MAX_SIZE])
+        return CalibrationData(Path(text).name, read_sets(Path(text), expected, size or MAX_SETS, preprocess), timestep)
     if sampler is None:
         raise UsageError(
             "this precision needs calibration data, and the model has no trained weights to draw it with",
-            hint="give --calibration-data FILE.npz (inputs by name, or set/name) or a folder of such files; `--calibration-data random` "
-            "calibrates on random inputs, and the report says so",
+            hint="give --calibration-data FILE (.npz or .safetensors, inputs by name or set/name), a folder of such files or of pictures, "
+            "or module:callable; `--calibration-data random` calibrates on random inputs, and the report says so",
         )
+    return None
+
+
+def trajectory_data(
+    sampler: Sampler, run: Callable[[Arrays], Arrays], *, example: Arrays, seed: int, size: int | None = None, timestep: str = ""
+) -> CalibrationData:
+    """What the model sees while it draws pictures; every set covers the whole trajectory.
+
+    Args:
+        sampler: How pictures are drawn.
+        run: One call of the PyTorch model.
+        example: Example inputs, for the number of rows.
+        seed: Seed of the starting noise and of the choice of rows.
+        size: Number of sets.
+        timestep: See `given_data`.
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
     rows = next(iter(example.values())).shape[0]
-    return CalibrationData("trajectories", list(sampler.calibration_inputs(run, rng, size=count, batch=rows)))
-
-
-def _read(path: Path) -> Iterator[tuple[str, Arrays]]:
-    if not path.exists():
-        raise UsageError(f"--calibration-data: {path} does not exist", hint="give an .npz file, a folder of them, or the word random")
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
-    if not files:
-        raise UsageError(f"--calibration-data: the folder {path} holds no .npz file", hint="write them with numpy.savez")
-    for file in files:
-        try:
-            cases = read_cases(file)
-        except IntegrityError as error:
-            raise IntegrityError(error.message, hint="write it with numpy.savez, inputs by name or set/name") from error
-        flat = {name: arrays[""] for name, arrays in cases.items() if set(arrays) == {""}}  # no slash in the key
-        yield from ((f"{file.name}, {name}", arrays) for name, arrays in cases.items() if name not in flat)
-        if flat:
-            yield file.name, flat
-
-
-def _checked(sets: list[tuple[str, Arrays]], example: Arrays, dynamic: Mapping[str, Collection[int]], text: str) -> Sequence[Arrays]:
-    reasons = []
-    for where, arrays in sets:
-        reasons += [Reason("is missing", f"{where}: {name}") for name in example if name not in arrays]
-        reasons += [
-            Reason(f"is no input; the inputs are {', '.join(example)}", f"{where}: {name}") for name in arrays if name not in example
-        ]
-        reasons += [
-            Reason(fault, f"{where}: {name}")
-            for name, array in arrays.items()
-            if name in example and (fault := _fault(array, example[name], dynamic.get(name, ())))
-        ]
-    if reasons:
-        raise UsageError(f"--calibration-data: {text} does not fit the model", reasons=reasons[:20])
-    return [{name: arrays[name] for name in example} for _, arrays in sets]
-
-
-def _fault(array: np.ndarray[Any, Any], like: np.ndarray[Any, Any], free: Collection[int]) -> str:
-    if array.dtype != like.dtype:
-        return f"has dtype {array.dtype}, expected {like.dtype}"
-    expected = [None if i in free else size for i, size in enumerate(like.shape)]
-    fits = array.ndim == like.ndim and all(e in (None, s) for e, s in zip(expected, array.shape, strict=True))
-    if not fits or not array.size:
-        return f"has shape {array.shape}, expected ({', '.join('any' if e is None else str(e) for e in expected)})"
-    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-        return "holds NaN or Inf"
-    return ""
+    return CalibrationData(TRAJECTORIES, list(sampler.calibration_inputs(run, rng, size=size or DEFAULT_SIZE, batch=rows)), timestep)
 
 
 def check_size(size: int | None) -> None:
@@ -139,17 +131,26 @@ def check_size(size: int | None) -> None:
     Raises:
         UsageError: It is below 1 or above 65536.
     """
-    if size is not None and not 1 <= size <= MAX_SIZE:
-        raise UsageError(f"--calibration-size: got {size}, expected 1 to {MAX_SIZE}")
+    if size is not None and not 1 <= size <= MAX_SETS:
+        raise UsageError(f"--calibration-size: got {size}, expected 1 to {MAX_SETS}")
 
 
-def finite(ranges: Mapping[str, float]) -> Mapping[str, float]:
-    """The ranges, if all are finite.
+def check_preprocess(text: str | None, preprocess: Preprocess | None) -> None:
+    """Refuses pictures without a preprocessing line, and a line without pictures, before anything is read.
 
     Raises:
-        IsthmusError: A value was NaN or infinite on the calibration data; all are listed.
+        UsageError: One of the two is given without the other.
     """
-    reasons = [Reason(f"its range is {value}", where=name) for name, value in ranges.items() if not np.isfinite(value)]
-    if reasons:
-        raise IsthmusError("the model computes NaN or Inf on the calibration data", reasons=reasons[:20], hint="check the data")
-    return ranges
+    from .files import holds_pictures
+
+    pictures = text is not None and text != RANDOM and holds_pictures(Path(text))
+    if preprocess is not None and not pictures:
+        raise UsageError(
+            "--calibration-preprocess is for a folder of pictures", hint="leave it out, or give the folder as --calibration-data"
+        )
+    if pictures and preprocess is None:
+        raise UsageError(
+            f"--calibration-data: {text} holds pictures, and it is not said how they become an input",
+            reasons=[Reason("--calibration-preprocess is missing")],
+            hint="for example --calibration-preprocess 'input=x,resize=256,crop=256,mean=0.5,std=0.5'",
+        )

@@ -7,7 +7,7 @@ the error that the dtype alone costs, before any lowering.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -53,7 +53,11 @@ def module_peaks(program: torch.export.ExportedProgram, inputs: tuple[torch.Tens
 
 
 def run_rounded(
-    program: torch.export.ExportedProgram, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype, keep_modules: Collection[str] = ()
+    program: torch.export.ExportedProgram,
+    inputs: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
+    keep_modules: Collection[str] = (),
+    watch: Callable[[str, Any], None] | None = None,
 ) -> Any:
     """Runs the program with values rounded to `dtype` as `torch.autocast` would hold them.
 
@@ -62,12 +66,13 @@ def run_rounded(
         inputs: Its inputs, in order, not rounded.
         dtype: `torch.float16` or `torch.bfloat16`.
         keep_modules: Module paths that stay in float32.
+        watch: Sees the name of every node of `program.module()` and what it computes. Not to change it.
 
     Returns:
         The program's outputs, in float32.
     """
     with torch.no_grad():
-        return _Rounded(program.module(), dtype, frozenset(keep_modules)).run(*inputs)
+        return _Rounded(program.module(), dtype, frozenset(keep_modules), watch).run(*inputs)
 
 
 def module_path(node: fx.Node) -> str:
@@ -104,13 +109,22 @@ def _peak(value: object) -> float:
 
 
 class _Rounded(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, keep: frozenset[str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, dtype: torch.dtype, keep: frozenset[str], watch: Callable[[str, Any], None] | None = None
+    ) -> None:
         super().__init__(module)
         self._dtype = dtype
         self._keep = keep
+        self._watch = watch
         self._low: set[fx.Node] = set()  # nodes whose value is held in the dtype
 
     def run_node(self, n: fx.Node) -> Any:
+        result = self._computed(n)
+        if self._watch is not None:
+            self._watch(n.name, result)
+        return result
+
+    def _computed(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "get_attr" and _is_float(result):
             self._low.add(n)  # weights are stored in the dtype; see fetch_args_kwargs_from_env

@@ -1,44 +1,51 @@
-"""Observes the ranges of a graph's activations."""
+"""Observes the values of a graph while it runs on calibration data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..exporter.bundle import StageResult
-from ..exporter.errors import IsthmusError
-from ..exporter.ranges import Calibration
+from ..exporter.errors import IsthmusError, Reason
+from ..exporter.passes._rewrite import dims
 from ..exporter.spec import Arrays
-from .data import CalibrationData, finite
+from ..exporter.subject import evaluate
+from .data import CalibrationData
 from .metrics import DEFAULT_TOLERANCES
+from .observation import Observation
 from .session import GraphSession
 from .verify import CaseArrays, compare_cases, judge
 
-MAX = "max"
-"""The calibrator's name: the largest |value| that was seen."""
-
-_SUFFIX = ".isthmus.peak"
+LIMIT = 2**30
+"""Bytes of values that leave ONNX Runtime in one run; where there are more, the graph runs several times on the same inputs."""
 
 
 class Observer:
-    """A float32 graph in ONNX Runtime that also tells how large some of its values are.
-
-    Only a number a value leaves ONNX Runtime: the graph that runs has the reductions in it.
+    """A float32 graph in ONNX Runtime whose values can be looked at.
 
     Args:
         model: The graph; not changed, and its weights are not copied.
         names: Names of values of the main graph.
+        limit: Bytes of values that are held at a time. A single value may be larger.
 
     Raises:
         IsthmusError: A name is unknown, or ONNX Runtime refuses the graph.
         MachineError: onnxruntime is not installed.
     """
 
-    def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
-        self._names = tuple(names)
-        self._session = GraphSession(_with_peaks(model, names))
+    def __init__(self, model: ir.Model, names: Sequence[str], *, limit: int = LIMIT) -> None:
+        graph = model.graph
+        values = {v.name: v for v in (*graph.inputs, *(v for node in graph for v in node.outputs)) if v.name is not None}
+        if missing := [name for name in names if name not in values]:
+            raise IsthmusError(f"the graph has no values {', '.join(missing)}", hint="calibrate the model that is exported")
+        self._shapes = {name: dims(values[name]) for name in names}
+        self._inputs = {value.name or "": dims(value) or [] for value in graph.inputs}
+        self._outputs = [value.name or "" for value in graph.outputs]
+        self._limit = limit
+        self._session = GraphSession(_with_outputs(model, [name for name in names if name not in self._inputs]))
 
     def run(self, inputs: Arrays) -> Arrays:
         """The graph's own outputs by name.
@@ -46,20 +53,64 @@ class Observer:
         Raises:
             IsthmusError: ONNX Runtime fails.
         """
-        return {name: array for name, array in self._session.run(inputs).items() if not name.endswith(_SUFFIX)}
+        return self._session.run(inputs, self._outputs)
 
-    def observe(self, data: CalibrationData) -> Calibration:
-        """The largest |value| of every named value over calibration data.
+    def stream(self, sets: Sequence[Arrays], names: Sequence[str] | None = None) -> Iterator[tuple[int, str, np.ndarray[Any, Any]]]:
+        """The values, one after the other: the index of the set of inputs, the value's name, and its numbers.
+
+        Args:
+            sets: Inputs by name, one call of the graph each.
+            names: Which of the observer's values; by default all.
 
         Raises:
-            IsthmusError: ONNX Runtime fails, or the data gives NaN or Inf.
+            IsthmusError: ONNX Runtime fails, or a value is NaN or infinite; all such values of a set are listed.
         """
-        peaks = dict.fromkeys(self._names, 0.0)
-        for arrays in data.sets:
-            outputs = self._session.run(arrays)
-            # Not max(): NaN must win.
-            peaks = {name: float(np.maximum(peak, outputs[name + _SUFFIX])) for name, peak in peaks.items()}
-        return Calibration(ranges=finite(peaks), method=MAX, source=data.source, size=len(data.sets), sha256=data.sha256())
+        wanted = list(self._shapes if names is None else names)
+        for index, inputs in enumerate(sets):
+            yield from ((index, name, _finite({name: inputs[name]})[name]) for name in wanted if name in self._inputs)
+            for group in self._groups([name for name in wanted if name not in self._inputs], inputs):
+                found = dict(_finite(self._session.run(inputs, group)))
+                for name in group:
+                    yield index, name, found.pop(name)
+
+    def observe(self, data: CalibrationData) -> dict[str, Observation]:
+        """What every named value was over calibration data, by name in the order given.
+
+        Raises:
+            IsthmusError: See `stream`.
+        """
+        found = dict.fromkeys(self._shapes, Observation())
+        for index, name, array in self.stream(data.sets):
+            times = data.times(index) if self._has_rows(name, data.timestep) else None
+            found[name] = found[name].merge(Observation.of(array, times))
+        return found
+
+    def _has_rows(self, name: str, timestep: str) -> bool:
+        """Whether the first axis of a value is that of the timestep: then its rows are samples."""
+        rows, shape = self._inputs.get(timestep), self._shapes[name]
+        return bool(rows) and bool(shape) and shape[0] is not None and rows[0] == shape[0]  # type: ignore[index]
+
+    def _groups(self, names: Sequence[str], inputs: Arrays) -> Iterator[list[str]]:
+        """Names whose values are held together; of a value whose size is not known it is assumed that it takes all."""
+        sizes = {
+            size: int(actual)
+            for name, shape in self._inputs.items()
+            for size, actual in zip(shape, inputs[name].shape, strict=False)
+            if isinstance(size, str)
+        }
+        group: list[str] = []
+        held = 0
+        for name in names:
+            shape = [evaluate(size, sizes) for size in self._shapes[name] or [None]]
+            known = [size for size in shape if size is not None]
+            needed = 4 * int(np.prod(known, dtype=np.int64)) if len(known) == len(shape) else self._limit
+            if group and held + needed > self._limit:
+                yield group
+                group, held = [], 0
+            group.append(name)
+            held += needed
+        if group:
+            yield group
 
 
 def check_graph(observer: Observer, inputs: CaseArrays, reference: CaseArrays) -> StageResult:
@@ -69,18 +120,21 @@ def check_graph(observer: Observer, inputs: CaseArrays, reference: CaseArrays) -
     return judge("onnx", compare_cases(reference, outputs), DEFAULT_TOLERANCES["fp32"], device=device)
 
 
-def _with_peaks(model: ir.Model, names: Sequence[str]) -> ir.Model:
+def _finite(values: Mapping[str, np.ndarray[Any, Any]]) -> Mapping[str, np.ndarray[Any, Any]]:
+    reasons = [
+        Reason(f"its range is {array.min()} to {array.max()}", where=name)
+        for name, array in values.items()
+        # A sum would overflow; the smallest and the largest number are NaN where one is.
+        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max()))
+    ]
+    if reasons:
+        raise IsthmusError("the model computes NaN or Inf on the calibration data", reasons=reasons[:20], hint="check the data")
+    return values
+
+
+def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     copy = model.clone()
     graph = copy.graph
-    values = {v.name: v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise IsthmusError(f"the graph has no values {', '.join(missing)}", hint="calibrate the model that is exported")
-    for name in names:
-        size = ir.node("Abs", [values[name]])
-        peak = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
-        value = peak.outputs[0]
-        value.name, value.type, value.shape = name + _SUFFIX, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-        graph.extend([size, peak])
-        graph.outputs.append(value)
+    values = {v.name: v for node in graph for v in node.outputs}
+    graph.outputs.extend(values[name] for name in names if not values[name].is_graph_output())
     return copy

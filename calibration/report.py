@@ -1,13 +1,13 @@
 """The accuracy report of a bundle: `report.json` for programs, `report.html` for people.
 
-Both say the same. The page is one file: styles inside, pictures as `data:` URIs, no script, and a content security policy that forbids
-the browser to fetch anything. `write_report` runs before the manifest is written, which then hashes its files; `render` makes the page
-again from `manifest.json`, `report.json` and the pictures under `report/`, byte for byte the same while these are.
+Both say the same. The page is one file that fetches nothing, see `page`. `write_report` runs before the manifest is written, which then
+hashes its files; `render` makes the page again from `manifest.json`, `report.json`, `calibration.json`, `diff.json` and the pictures under `report/`,
+byte for byte the same while these are.
 """
 
 from __future__ import annotations
 
-import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,31 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Manifest, OutputMetrics, Table, Verdict, read_manifest, write_text
+from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Decibel, Manifest, OutputMetrics, Table, Verdict, read_manifest, write_text
 from ..exporter.errors import IntegrityError
+from ..exporter.ranges import FILE as CALIBRATION
+from ..exporter.ranges import Bounds, Observed, read_table
 from ..exporter.spec import Samples, Tolerance
+from .charts import Spread, saturated, spread, stage_chart
+from .command import command_of
 from .figures import amplification, write_png
 from .metrics import compare, misses
-from .wording import FILTERS, headline, tolerance_of
+from .module_report import read_modules
+from .page import data_uri, render_page
+from .similarity import ssim
+from .wording import headline, number, ratio, tolerance_of
 
 JSON = "report.json"
 HTML = "report.html"
+CALIBRATION_TABLE = "calibration"
+"""The name of the table of ranges (`table.report_table`), which a page with the calibration itself does not repeat."""
 MAX_PICTURES = 16
 """Rows of the picture grid; further samples count in the PSNR and are not shown."""
 
+Array = np.ndarray[Any, Any]
+
 _PICTURES_A_LINE = 10
 _MAX_JSON = 64 * 2**20
-_MAX_PNG = 64 * 2**20
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,23 @@ _PicturePath = Annotated[str, Field(pattern=r"\Areport/[0-9]{2}-(pytorch|artifac
 
 
 class PictureRow(_Strict):
-    """One sample: its caption, and the files of its three pictures."""
+    """One sample: its caption, the files of its three pictures, and how near the artifact's is to PyTorch's.
+
+    Attributes:
+        caption: What was drawn.
+        pytorch: PyTorch's picture.
+        artifact: The artifact's.
+        difference: What is between them.
+        psnr_db: PSNR with white - black as the peak, dB; None in reports of earlier versions.
+        ssim: Structural similarity, see `similarity.ssim`; None in reports of earlier versions.
+    """
 
     caption: str
     pytorch: _PicturePath
     artifact: _PicturePath
     difference: _PicturePath
+    psnr_db: Decibel | None = None
+    ssim: Decibel | None = None
 
 
 class PictureGrid(_Strict):
@@ -79,12 +99,16 @@ class PictureGrid(_Strict):
         count: How many samples were drawn and measured.
         amplification: What |artifact - PyTorch| is multiplied by to be seen.
         metrics: Of all samples together, end to end.
+        ssim: The mean structural similarity of all samples; None in reports of earlier versions.
+        worst_ssim: The least of a sample; None in reports of earlier versions.
     """
 
     rows: tuple[PictureRow, ...]
     count: int
     amplification: float
     metrics: OutputMetrics
+    ssim: Decibel | None = None
+    worst_ssim: Decibel | None = None
 
 
 class MissedBound(_Strict):
@@ -198,9 +222,19 @@ def render(folder: Path) -> str:
         UsageError: `folder` is not a bundle.
         IntegrityError: `report.json` or a picture is missing, damaged, or not what this version writes.
     """
+    return _page(folder, read_report(folder))
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a finished bundle, with what its manifest says by now.
+
+    Raises:
+        UsageError: `folder` is not a bundle.
+        IntegrityError: `report.json` is missing, damaged, or not what this version writes.
+    """
     manifest, old = read_manifest(folder), _read(folder)
     kept = {name: getattr(old, name) for name in ("pictures", "warnings", "notes", "tables", "facts", "file_sizes")}
-    return _page(folder, _report(manifest, **kept))
+    return _report(manifest, **kept)
 
 
 def _report(manifest: Manifest, **rest: Any) -> Report:
@@ -230,6 +264,7 @@ def _write_pictures(folder: Path, pictures: Pictures) -> PictureGrid:
     with np.errstate(invalid="ignore"):  # Inf - Inf: such pixels are drawn as broken
         difference = np.abs(candidate.astype(np.float64) - reference.astype(np.float64))
     factor = amplification(difference)
+    similar = [ssim(r, c) for r, c in zip(reference, candidate, strict=True)]
     rows = []
     for i, caption in enumerate(pictures.reference.captions[:MAX_PICTURES]):
         row = PictureRow(
@@ -237,6 +272,8 @@ def _write_pictures(folder: Path, pictures: Pictures) -> PictureGrid:
             pytorch=f"report/{i:02d}-pytorch.png",
             artifact=f"report/{i:02d}-artifact.png",
             difference=f"report/{i:02d}-difference.png",
+            psnr_db=_psnr(difference[i]),
+            ssim=similar[i],
         )
         write_png(folder / row.pytorch, reference[i])
         write_png(folder / row.artifact, candidate[i])
@@ -247,7 +284,15 @@ def _write_pictures(folder: Path, pictures: Pictures) -> PictureGrid:
         count=len(reference),
         amplification=factor,
         metrics=compare(reference, candidate, case="samples", output="images"),
+        ssim=float(np.mean(similar)) if similar else None,
+        worst_ssim=float(np.min(similar)) if similar else None,
     )
+
+
+def _psnr(difference: Array) -> float:
+    """dB, with a peak of 1; NaN where a pixel is not finite."""
+    squared = float(np.mean(difference**2))
+    return -10 * math.log10(squared) if squared > 0 else math.inf if squared == 0 else math.nan
 
 
 def _read(folder: Path) -> Report:
@@ -262,18 +307,6 @@ def _read(folder: Path) -> Report:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise IntegrityError(f"{path} is not a report: {where}: {first['msg']}", hint="export again") from error
-
-
-def _data_uri(folder: Path, name: str) -> str:
-    path = folder / name
-    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        raise IntegrityError(f"the report's picture {name} is missing from {folder}", hint="export again")
-    if path.stat().st_size > _MAX_PNG:
-        raise IntegrityError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_PNG}; it was not read")
-    data = path.read_bytes()
-    if not data.startswith(_PNG_SIGNATURE):
-        raise IntegrityError(f"{path} is not a PNG file", hint="export again")
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -309,27 +342,81 @@ def _histograms(report: Report) -> list[_Histogram]:
     return list(found.values())
 
 
-def _page(folder: Path, report: Report) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+@dataclass(frozen=True)
+class _Range:
+    """What was seen of a value, and what is represented of it on each grid, with the share that saturates."""
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(FILTERS)
+    name: str
+    seen: Observed
+    represented: tuple[tuple[Bounds | None, float], ...]
+
+    @property
+    def most(self) -> float | None:
+        """What 99.9 % of |value| do not exceed."""
+        return self.seen.percentiles.get("99.9")
+
+    @property
+    def spread(self) -> Spread | None:
+        """Its histogram, with what the first grid represents."""
+        bounds = self.represented[0][0] if self.represented else None
+        return spread(self.seen.histogram, bounds) if self.seen.histogram is not None else None
+
+    @property
+    def tip(self) -> str:
+        """In words."""
+        seen = f"{self.name}: {number(self.seen.min)} to {number(self.seen.max)}"
+        bounds, lost = self.represented[0] if self.represented else (None, 0.0)
+        return seen if bounds is None else f"{seen}\nrepresented: {number(bounds.low)} to {number(bounds.high)}; saturates: {ratio(lost)}"
+
+
+@dataclass(frozen=True)
+class _Ranges:
+    """The bundle's calibration table, as the page shows it."""
+
+    sentence: str
+    grids: tuple[str, ...]
+    rows: tuple[_Range, ...]
+
+    @property
+    def drifts(self) -> bool:
+        """Whether there is a drift over the timesteps."""
+        return any(row.seen.drift is not None for row in self.rows)
+
+
+def _ranges(folder: Path) -> _Ranges | None:
+    path = folder / CALIBRATION
+    if not path.is_file():
+        return None
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise IntegrityError(f"{CALIBRATION} leads out of {folder}", hint="export again")
+    table = read_table(path)
+    grids = tuple(dict.fromkeys(grid for seen in table.values.values() for grid in seen.ranges))
+    rows = []
+    for name, seen in table.values.items():
+        bounds = [seen.ranges.get(grid) for grid in grids]
+        lost = [saturated(seen.histogram, b) if b is not None and seen.histogram is not None else 0.0 for b in bounds]
+        rows.append(_Range(name, seen, tuple(zip(bounds, lost, strict=True))))
+    return _Ranges(table.sentence().removeprefix("ranges: "), grids, tuple(rows))
+
+
+def _page(folder: Path, report: Report) -> str:
+    ranges = _ranges(folder)
     rows = report.pictures.rows if report.pictures else ()
     lines = -(-len(rows) // _PICTURES_A_LINE) or 1  # lines of equal length, where 16 in lines of 10 would leave 6
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         report=report,
         tolerance=Tolerance(**report.tolerance),
         tolerance_of=lambda stage, m: tolerance_of(report, stage, m),
         missed={(m.stage, m.case, m.output, m.metric): m.what for m in report.missed},
+        chain=stage_chart(report.stages),
+        command=command_of(report),
+        ranges=ranges,
+        # What the section of the ranges shows, it shows in full.
+        tables=[t for t in report.tables if ranges is None or t.name != CALIBRATION_TABLE],
+        modules=read_modules(folder),
         histograms=_histograms(report),
-        images={name: _data_uri(folder, name) for row in rows for name in (row.pytorch, row.artifact, row.difference)},
+        images={name: data_uri(folder, name) for row in rows for name in (row.pytorch, row.artifact, row.difference)},
         pictures_a_line=-(-len(rows) // lines) or 1,
         meanings=_MEANINGS,
     )

@@ -194,6 +194,31 @@ def cell(value: str | float | None, kind: str) -> str:
     return {"number": number, "decibel": decibel}[kind](float(value))
 
 
+def ratio(value: float) -> str:
+    """A share from 0 to 1, in per cent with two significant digits."""
+    return "0" if value == 0 else f"{number(float(f'{100 * value:.2g}'))} %"
+
+
+def similarity(value: float) -> str:
+    """Structural similarity: near 1, what is missing to it, as `1 − 2e-6`."""
+    return cosine(value) if value > 0.9999 else f"{value:.4f}" if math.isfinite(value) else number(value)
+
+
+def sort_key(value: float | None) -> str:
+    """A number as JavaScript reads it; empty for what comes last in every order."""
+    if value is None or math.isnan(value):
+        return ""
+    return repr(value) if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def change(value: float | None, unit: str = "") -> str:
+    """A difference with its sign, one decimal; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{value:+.1f}" if math.isfinite(value) else f"{'+' if value > 0 else '-'}∞"
+    return f"{text.replace('-', '−')}{unit}"
+
+
 FILTERS: Mapping[str, Callable[..., Any]] = {
     "number": number,
     "decibel": decibel,
@@ -203,6 +228,11 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "size": size,
     "shape": shape,
     "cell": cell,
+    "ratio": ratio,
+    "ssim": similarity,
+    "sort_key": sort_key,
+    "px": lambda value: f"{value:.2f}".rstrip("0").rstrip("."),
+    "change": change,
     "share": share,
     "bounds": bounds,
     "flat": flat,

@@ -6,6 +6,7 @@ Layout (schema version 1)::
     model.onnx, …            the artifact, as the target writes it
     reference/inputs.npz     every case's inputs, keys `case/name`
     reference/outputs.npz    PyTorch's outputs for them, keys `case/name`
+    calibration.json         what was observed on calibration data, where the precision needs that
     report.json, report.html the accuracy report
 
 A bundle is written into a hidden folder beside its destination and renamed into place, so that an interrupted export leaves nothing
@@ -263,20 +264,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_destination(destination: Path, *, force: bool) -> None:
+def check_destination(destination: Path, *, force: bool, marker: str = MANIFEST, kind: str = "bundle") -> None:
     """Refuses a destination that cannot be written, before any work is done; clears what killed exports left beside it.
 
+    Args:
+        destination: The folder to be.
+        force: Replace one that exists.
+        marker: The file by which a folder of this kind is known.
+        kind: What such a folder is called.
+
     Raises:
-        UsageError: It exists and `force` is not given; or it exists and is not a bundle, which `force` does not replace either.
+        UsageError: It exists and `force` is not given; or it exists and is not of this kind, which `force` does not replace either.
         IsthmusError: Its parent folder cannot be written.
     """
     _remove_leftovers(destination.absolute())
     if destination.is_symlink() or destination.exists():
         if not force:
             raise UsageError(f"the output {destination} exists", hint="give --force to replace it, or another -o")
-        if not (destination / MANIFEST).is_file() and (not destination.is_dir() or any(destination.iterdir())):
+        if not (destination / marker).is_file() and (not destination.is_dir() or any(destination.iterdir())):
             raise UsageError(
-                f"the output {destination} exists and is not a bundle, so --force does not replace it",
+                f"the output {destination} exists and is not a {kind}, so --force does not replace it",
                 hint="remove it yourself, or give another -o",
             )
     parent = destination.absolute().parent
@@ -289,8 +296,10 @@ def check_destination(destination: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def writing(destination: Path, *, force: bool) -> Iterator[Path]:
+def writing(destination: Path, *, force: bool, marker: str = MANIFEST, kind: str = "bundle") -> Iterator[Path]:
     """Gives a folder to write the bundle's files into, and puts it in place of `destination` when the block ends well.
+
+    The arguments are those of `check_destination`.
 
     A block that raises leaves no trace. A process that is killed leaves a hidden folder (`.NAME.PID.partial`) without a manifest, which
     the next export to the same destination removes.
@@ -298,7 +307,7 @@ def writing(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         UsageError, IsthmusError: See `check_destination`; and when the disk is full.
     """
-    check_destination(destination, force=force)
+    check_destination(destination, force=force, marker=marker, kind=kind)
     destination = destination.absolute()
     partial = destination.parent / _hidden(destination, os.getpid(), "partial")
     try:
@@ -320,7 +329,7 @@ def writing(destination: Path, *, force: bool) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(destination.parent).free
             raise IsthmusError(
-                f"cannot write the bundle into {destination.parent}: {error.strerror} ({free / 2**20:.0f} MiB free)",
+                f"cannot write the {kind} into {destination.parent}: {error.strerror} ({free / 2**20:.0f} MiB free)",
                 hint="free some space, or give a folder on another disk with -o",
             ) from error
         raise

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from .bundle import check_destination
 from .errors import IsthmusError, Reason, UnknownNameError, UsageError, WeightsError
+from .onnx import OPSETS
 from .options import check_settings
+from .preprocess import parse_preprocess
 from .spec import MODELS, Dynamic, SizeRange
 from .target import TARGETS, Target
 
@@ -21,8 +23,8 @@ RANDOM = "random"
 """What `--calibration-data` must say for inputs that mean nothing."""
 
 _PASSED = (
-    "model", "target", "precision", "opset", "batch_size", "inputs", "calibration_data", "calibration_size", "calibration_method",
-    "sampler",
+    "model", "target", "precision", "opset", "batch_size", "inputs", "weights",
+    "calibration_data", "calibration_size", "calibration_method", "calibration_preprocess", "weight_rounding", "smooth", "sampler",
     "atol", "rtol", "min_psnr", "seed", "force", "dry_run",
 )  # fmt: skip
 
@@ -41,8 +43,8 @@ def checked(given: Mapping[str, Any], *, config_settings: Mapping[str, Any], pro
 
     Args:
         given: Values by option: `model`, `target`, `output`, `precision`, `opset`, `batch_size`, `settings` (texts `key=value`), `weights`,
-            `inputs`, `dynamic` (texts), `calibration_data`, `calibration_size`, `calibration_method`,
-            `sampler`, `atol`, `rtol`, `min_psnr`, `seed`,
+            `inputs`, `dynamic` (texts), `calibration_data`, `calibration_size`, `calibration_method`, `calibration_preprocess`, `sampler`,
+            `atol`, `rtol`, `min_psnr`, `seed`,
             `force`, `dry_run`, and the targets' options as texts.
         config_settings: Settings that a configuration file gave; `settings` wins over them.
         problems: What was found wrong before.
@@ -56,24 +58,9 @@ def checked(given: Mapping[str, Any], *, config_settings: Mapping[str, Any], pro
     """
     found = list(problems)
     model, output = given["model"], given["output"]
-    if model is None:
-        found.append(UsageError("MODEL is missing", hint="`isthmus list models` shows the names"))
     target = _target(given, found)
-    settings = _settings(model, given["settings"] or (), config_settings, found) if model is not None else {}
+    common = _common(given, config_settings, found)
     options = _options(target, given, found)
-    dynamic = [d for text in given["dynamic"] or () if (d := _dynamic(text, found)) is not None]
-    _check_weights(given["weights"], found)
-    data = given["calibration_data"]
-    if data is not None and data != RANDOM and not Path(data).exists():
-        hint = f"give an .npz file, a folder of them, or the word `{RANDOM}`"
-        found.append(UsageError(f"--calibration-data: {data} does not exist", hint=hint))
-    if given["inputs"] is not None:
-        _check_callable("--inputs", given["inputs"], found)
-        if model is not None and ":" not in model:
-            found.append(UsageError("--inputs is for a MODEL of the form module:callable; a registered model has its own"))
-    if model is not None and ":" in model and given["batch_size"] is not None:
-        hint = "the batch size of your module is that of its example inputs"
-        found.append(UsageError("--batch-size is for registered models", hint=hint))
     if output is None and target is not None and model is not None and not found:
         output = Path(f"{model.rpartition(':')[2]}-{target.name}-{given['precision'] or target.precisions[0]}")
     if output is not None and not given["dry_run"]:
@@ -82,8 +69,66 @@ def checked(given: Mapping[str, Any], *, config_settings: Mapping[str, Any], pro
         except IsthmusError as error:
             found.append(error)
     _raise_all(found)
-    passed = {name: given[name] for name in _PASSED}
-    return {**passed, "output": output, "settings": settings, "options": options, "dynamic": dynamic, "weights": given["weights"]}
+    return {**{name: given[name] for name in _PASSED}, **common, "output": output, "options": options}
+
+
+def checked_calibration(given: Mapping[str, Any], *, problems: Sequence[IsthmusError]) -> dict[str, Any]:
+    """Checks the values of the options of `isthmus calibrate`, which are options of `export`, and `output`.
+
+    Args:
+        given: Values by option.
+        problems: What was found wrong before.
+
+    Returns:
+        The keyword arguments of `pipeline.calibrate`.
+
+    Raises:
+        UsageError, IsthmusError: See `checked`.
+    """
+    found = list(problems)
+    common = _common(given, {}, found)
+    output, opset = given["output"], given["opset"]
+    if output is None:
+        found.append(UsageError("-o is missing", hint="for example -o calibration.json"))
+    elif output.exists() and not (given["force"] and output.is_file()):
+        found.append(UsageError(f"the output {output} exists", hint="give --force to replace a file, or another -o"))
+    if opset is not None and opset not in OPSETS:
+        found.append(UsageError(f"--opset: got {opset}", hint=f"one of: {', '.join(map(str, sorted(OPSETS)))}"))
+    _raise_all(found)
+    return {**given, **common}
+
+
+def _common(given: Mapping[str, Any], config_settings: Mapping[str, Any], found: list[IsthmusError]) -> dict[str, Any]:
+    """Checks what says which model, with which weights, on which data. Returns `settings` and `dynamic` as values."""
+    model = given["model"]
+    if model is None:
+        found.append(UsageError("MODEL is missing", hint="`isthmus list models` shows the names"))
+    settings = _settings(model, given["settings"] or (), config_settings, found) if model is not None else {}
+    dynamic = [d for text in given["dynamic"] or () if (d := _dynamic(text, found)) is not None]
+    _check_weights(given["weights"], found)
+    _check_data(given["calibration_data"], given["calibration_preprocess"], found)
+    if given["inputs"] is not None:
+        _check_callable("--inputs", given["inputs"], found)
+        if model is not None and ":" not in model:
+            found.append(UsageError("--inputs is for a MODEL of the form module:callable; a registered model has its own"))
+    if model is not None and ":" in model and given["batch_size"] is not None:
+        hint = "the batch size of your module is that of its example inputs"
+        found.append(UsageError("--batch-size is for registered models", hint=hint))
+    return {"settings": settings, "dynamic": dynamic}
+
+
+def _check_data(data: str | None, preprocess: str | None, found: list[IsthmusError]) -> None:
+    if data is not None and data != RANDOM and not Path(data).exists():
+        if ":" in data:
+            _check_callable("--calibration-data", data, found)
+        else:
+            hint = f"give an .npz or .safetensors file, a folder of them or of pictures, module:callable, or the word `{RANDOM}`"
+            found.append(UsageError(f"--calibration-data: {data} does not exist", hint=hint))
+    if preprocess is not None:
+        try:
+            parse_preprocess(preprocess)
+        except UsageError as error:
+            found.append(error)
 
 
 def _raise_all(problems: Sequence[IsthmusError]) -> None:

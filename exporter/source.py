@@ -164,18 +164,18 @@ def _foreign(
     name = "module"
     if isinstance(model, str):
         name = model.rsplit(":", 1)[1]
-        model = _call(model)
+        model = call_by_path(model)
     if isinstance(model, nn.Module):
         if inputs is None:
             raise UsageError(
                 f"{name} gave a module without example inputs",
                 hint="return a pair of module and tuple of tensors, or give --inputs module:callable",
             )
-        module, example = model, _call(inputs) if isinstance(inputs, str) else inputs
+        module, example = model, call_by_path(inputs) if isinstance(inputs, str) else inputs
     elif isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module):
         module, example = model
         if inputs is not None:
-            example = _call(inputs) if isinstance(inputs, str) else inputs
+            example = call_by_path(inputs) if isinstance(inputs, str) else inputs
     else:
         raise UsageError(
             f"{name} gave a {type(model).__name__}, expected an nn.Module or a pair of nn.Module and tuple of example inputs",
@@ -244,7 +244,13 @@ def _named(module: nn.Module, example: object) -> dict[str, torch.Tensor]:
     return dict(pairs)
 
 
-def _call(path: str) -> Any:
+def call_by_path(path: str) -> Any:
+    """What `module:callable` gives when it is called without arguments; what it names, where that is no callable, or a module of torch.
+
+    Raises:
+        UsageError: There is no such module in the working folder or in this environment, or it has no such attribute.
+        IsthmusError: Importing or calling it failed.
+    """
     module_name, _, attribute = path.partition(":")
     # As `python -m` does: the user's file lies in the folder that the command is run in.
     folder = str(Path.cwd())

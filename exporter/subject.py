@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx
 import onnx_ir as ir
@@ -52,6 +52,7 @@ class Subject:
     profiles: Mapping[str, Profile] | None = None
     cases: Mapping[str, Mapping[str, Shape]] = field(default_factory=dict)
     plugins: tuple[Path, ...] = ()
+    reads: ClassVar[Literal["onnx"]] = "onnx"
 
     @property
     def precision(self) -> str:

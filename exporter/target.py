@@ -16,7 +16,8 @@ from pydantic import BaseModel
 
 from .bundle import Table
 from .errors import Reason
-from .ranges import Calibration
+from .grids import Array, RoundedWeight
+from .ranges import CalibrationTable
 from .registry import Registry
 from .runner import Runner
 from .sampling import LoopSampler
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from .bundle import Manifest, StageResult
+    from .passes.fp8_layers import Layer
 
 O = TypeVar("O", bound=BaseModel)  # noqa: E741 - the options of a target
 
@@ -62,6 +64,8 @@ class Job(Generic[O]):
         peaks: Module path to the largest |value| that the module computed on the example inputs; empty in fp32.
         sizes: The range of each named size that occurs in the shapes of the graph's inputs.
         calibration: What was observed of the ONNX graph's values on calibration data; None where the precision needs none.
+        weights: Codes of weights that are not rounded to nearest, by the weights' names.
+        corrections: What is added to the outputs of quantised layers, (outputs,) by the names of their nodes.
         samples: The calibration data itself, one call of the model each, for a target that has no ONNX graph to observe.
         loop: The sampler to write as one graph around the model; None for a sampler that calls it from outside.
     """
@@ -74,7 +78,9 @@ class Job(Generic[O]):
     output_names: tuple[str, ...] = ()
     peaks: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, SizeRange] = field(default_factory=dict)
-    calibration: Calibration | None = None
+    calibration: CalibrationTable | None = None
+    weights: Mapping[str, RoundedWeight] = field(default_factory=dict)
+    corrections: Mapping[str, Array] = field(default_factory=dict)
     samples: Sequence[Arrays] = ()
     loop: LoopSampler | None = None
 
@@ -121,6 +127,19 @@ class Built:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """A program that was written around an artifact.
+
+    Attributes:
+        name: What it is called in its language.
+        notes: Facts for people, in sentences: what was not compiled, and what was left out.
+    """
+
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Stage:
     """A way to execute a written artifact, and so to verify it.
 
@@ -152,6 +171,7 @@ class Target(ABC, Generic[O]):
         computes: Precision to the dtype (`fp16` or `bf16`) that its arithmetic is rounded to, for those that round.
         tolerances: The bounds of a precision, where they are not those of `calibration.metrics.DEFAULT_TOLERANCES`.
         samplers: What `--sampler` may ask for, the default first: `step`, a loop outside of the artifact, and `loop`, one in it.
+        languages: The languages that a bundle's artifact can be embedded in; see `embed`.
         Options: The target's own options, a pydantic model whose fields become command line options.
     """
 
@@ -160,6 +180,7 @@ class Target(ABC, Generic[O]):
     precisions: ClassVar[tuple[str, ...]]
     calibrated: ClassVar[tuple[str, ...]] = ()
     samplers: ClassVar[tuple[str, ...]] = ("step",)
+    languages: ClassVar[tuple[str, ...]] = ()
     computes: ClassVar[Mapping[str, str]] = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp16"}
     tolerances: ClassVar[Mapping[str, Tolerance]] = {}
     opsets: ClassVar[tuple[int, ...]]
@@ -201,6 +222,14 @@ class Target(ABC, Generic[O]):
         """
         return ()
 
+    def quantised(self, job: Job[O]) -> tuple[Layer, ...]:  # noqa: ARG002 - for those that quantise
+        """The layers of `job.onnx` whose operands the lowering quantises, for the `calibrated` precisions.
+
+        Raises:
+            UsageError: The options do not fit the model.
+        """
+        return ()
+
     def build(self, folder: Path, manifest: Manifest, *, required: bool, trust: bool = False) -> Built | None:  # noqa: ARG002 - for others
         """Compiles the lowered artifact in `folder` for its device, and writes the engine beside it; None where there is nothing to build.
 
@@ -219,6 +248,21 @@ class Target(ABC, Generic[O]):
     def engines(self, manifest: Manifest) -> tuple[str, ...]:  # noqa: ARG002 - for those that build
         """The files of a bundle that a compiler makes of it, and that can run code: by name, whether they are there or not."""
         return ()
+
+    def embed(self, folder: Path, manifest: Manifest, language: str, destination: Path, *, sampler: LoopSampler | None = None) -> Embedded:
+        """Writes a program that runs the artifact.
+
+        Args:
+            folder: The bundle's folder, whose files are what its manifest says.
+            manifest: Its manifest.
+            language: One of `languages`.
+            destination: A folder that exists and is empty.
+            sampler: How pictures are drawn with the model; None where that is not known.
+
+        Raises:
+            UnsupportedError: The program cannot take the model; all reasons are listed.
+        """
+        raise NotImplementedError(f"{self.name} has no languages, and was asked for {language}")
 
     @abstractmethod
     def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:

@@ -154,7 +154,7 @@ def trajectory_inputs(
     """The inputs that a model sees while it draws pictures, for calibration.
 
     Activations differ between noise and picture, so every batch covers the whole trajectory: the rows seen are sorted by time and cut into
-    `batch` equal strata, and each batch takes one row of each stratum.
+    `size * batch` equal strata, of each of which one row is taken, and each batch gets one row of each `batch`-th of the trajectory.
 
     Args:
         sampler: How pictures are drawn; run as often as `size * batch` rows need.
@@ -180,9 +180,10 @@ def trajectory_inputs(
     while sum(len(call[sampler.time]) for call in seen) < size * batch:
         sampler(recording, rng)
     rows = {name: np.concatenate([call[name] for call in seen]) for name in seen[0]}
-    strata = np.array_split(np.argsort(-rows[sampler.time], kind="stable"), batch)
-    # array_split makes strata whose sizes differ by at most one, and there are at least size * batch rows: each stratum has `size` of them.
-    choice = np.stack([rng.permutation(stratum)[:size] for stratum in strata])
+    # There are at least as many rows as strata, and array_split makes strata whose sizes differ by at most one: none is empty.
+    strata = np.array_split(np.argsort(-rows[sampler.time], kind="stable"), size * batch)
+    chosen = np.array([rng.choice(stratum) for stratum in strata]).reshape(batch, size)
+    choice = rng.permuted(chosen, axis=1)
     for column in choice.T:
         yield {name: value[column] for name, value in rows.items()}
 

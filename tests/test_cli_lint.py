@@ -122,7 +122,7 @@ class TestLint:
         for path in (bundle, file_of(tmp_path)):
             result = run("lint", path, "--target", "onnxruntime")
             assert result.exit_code == 0, result.stderr
-            assert result.stdout.splitlines()[-1] == f"{path}: there are no rules of onnxruntime"
+            assert result.stdout.splitlines()[-1] == f"{path}: there are no rules of onnxruntime for it"
 
     def test_another_targets_rules_on_a_bundle(self, run, bundle):
         """Before an export to TensorRT, say: dit-tiny has float32 attention in its bundle for ONNX Runtime."""
@@ -156,6 +156,125 @@ class TestLint:
         result = run(*[a.format(folder=folder) for a in arguments])
         assert result.exit_code == 2
         assert message.partition(" (fix")[0] in result.stderr
+        assert result.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def core_ml_once(tmp_path_factory):
+    """A bundle of Core ML with a convolution whose kernel is 15 wide, and a Linear, whose results are large."""
+    import torch
+
+    from isthmus.exporter.quiet import quiet
+    from isthmus.targets.coreml.convert import converted
+    from isthmus.targets.coreml.modules import KEY
+    from isthmus.targets.coreml.package import save
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide = torch.nn.Conv2d(32, 32, (1, 15), padding=(0, 7), bias=False)
+            self.head = torch.nn.Linear(64, 64, bias=False)
+            for weight in (self.wide.weight, self.head.weight):
+                torch.nn.init.constant_(weight, 0.25)
+
+        def forward(self, x):
+            return self.head(self.wide(x))
+
+    with quiet("torch"):
+        made = converted(torch.export.export(Net().eval(), (torch.zeros(1, 32, 1, 64),)), "fp16", input_names=("x",), output_names=("y",))
+    folder = tmp_path_factory.mktemp("coreml") / "bundle"
+    folder.mkdir()
+    save(made.model, folder / "model.mlpackage", facts={KEY: made.modules})
+    (folder / "reference").mkdir()
+    write_cases(folder / "reference/inputs.npz", {"example": {"x": np.full((1, 32, 1, 64), 100.0, np.float32)}})
+    tensor = TensorInfo(name="x", dtype="float32", shape=(1, 32, 1, 64))
+    manifest = Manifest(
+        model="net", target="coreml", precision="fp16", weights=WeightsInfo(origin="random"), verdict="lowered",
+        inputs=(tensor,), outputs=(tensor.model_copy(update={"name": "y"}),), stages=(StageResult(name="torch", verdict="verified"),),
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture
+def core_ml(core_ml_once, tmp_path):
+    return shutil.copytree(core_ml_once, tmp_path / "coreml")
+
+
+CONV, LINEAR = 2 * 32 * 64 * 32 * 15, 2 * 32 * 64 * 64
+
+
+class TestCoreML:
+    def test_a_bundle(self, run, core_ml):
+        result = run("lint", core_ml)
+        assert result.exit_code == 0, result.stderr
+        lines = result.stdout.splitlines()
+        assert lines[0].startswith("warning ANE-301 (likely) head: linear with channels on the last axis (fix: ")
+        assert lines[1].startswith(
+            "warning ANE-304 (likely) wide: conv with a kernel of width 15, the widest is 13 (on A13, M1, A14, M2, A15, M3)"
+        )
+        assert lines[2] == f"Neural Engine: likely {LINEAR / (CONV + LINEAR):.1%} of {(CONV + LINEAR) / 1e9:.4g} GFLOP"
+        assert [line.split() for line in lines[3:5]] == [
+            ["module", "GFLOP", "likely", "of", "all"],
+            ["wide", f"{CONV / 1e9:.4g}", "0.0%", f"{CONV / (CONV + LINEAR):.1%}"],
+        ]
+        assert lines[5] == f"{core_ml}: 0 errors, 2 warnings, 0 info (25 rules of coreml)"
+        assert result.stderr == "", "findings are results"
+
+    def test_a_package_for_a_chip(self, run, core_ml):
+        result = run("lint", core_ml / "model.mlpackage", "--chip", "A16")
+        assert result.exit_code == 0, result.stderr
+        assert "ANE-304" not in result.stdout
+        assert "Neural Engine of A16: likely 100.0% of " in result.stdout
+
+    def test_json_is_one_object(self, run, core_ml):
+        value = json.loads(run("lint", core_ml, "--format", "json", "--chip", "M2").stdout)
+        assert (value["target"], value["exit_code"], value["rules"], value["coverage"]) == ("coreml", 0, 25, None)
+        assert value["counts"] == {"error": 0, "warning": 2, "info": 0}
+        found = [{k: f[k] for k in ("rule", "severity", "verdict", "where")} for f in value["findings"]]
+        assert found == [
+            {"rule": "ANE-301", "severity": "warning", "verdict": "likely", "where": "head"},
+            {"rule": "ANE-304", "severity": "warning", "verdict": "likely", "where": "wide"},
+        ]
+        engine = value["engine"]
+        assert (engine["verdict"], engine["chip"], engine["flops"], engine["likely"]) == ("likely", "M2", CONV + LINEAR, LINEAR)
+        assert [part["name"] for part in engine["modules"]] == ["wide", "head"]
+        assert engine["rules"] == {"ANE-304": 1}
+
+    def test_values_are_looked_at_when_that_is_asked_for(self, run, core_ml):
+        """32 channels and 15 positions of 100, a quarter of each: 12000; 64 of these, a quarter of each: 192000, which is infinite."""
+        assert "ANE-501" not in run("lint", core_ml).stdout
+        result = run("lint", core_ml, "--observe")
+        assert result.exit_code == 0, result.stderr
+        assert "warning ANE-501 (likely) head: linear whose results reach inf, and the engine's sums end at 32752" in result.stdout
+
+    def test_rules_of_another_target(self, run, core_ml, make_bundle):
+        for folder, target in ((core_ml, "tensorrt"), (make_bundle(), "coreml")):
+            result = run("lint", folder, "--target", target)
+            assert result.exit_code == 0, result.stderr
+            assert result.stdout.splitlines()[-1] == f"{folder}: there are no rules of {target} for it"
+            assert "Neural Engine" not in result.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (["{folder}", "--chip", "A61"], 2, "unknown chip 'A61'"),
+            (["{folder}", "--chip", "A61"], 2, "did you mean A18 or A17 or A16?"),
+            (["{onnx}", "--chip", "A16"], 2, "--chip is for Core ML"),
+            (["{onnx}", "--observe"], 2, "--observe is for Core ML"),
+            (["{folder}/model.mlpackage", "--observe"], 2, "holds no example inputs"),
+            (["{folder}/none.mlpackage"], 2, "none.mlpackage does not exist"),
+            (["{folder}/empty.mlpackage"], 1, "is no Core ML package: it has no Manifest.json"),
+            (["{folder}/damaged.mlpackage"], 1, "damaged"),
+        ],
+    )
+    def test_a_wrong_call(self, run, tmp_path, core_ml, arguments, code, message):
+        (core_ml / "empty.mlpackage").mkdir()
+        shutil.copytree(core_ml / "model.mlpackage", core_ml / "damaged.mlpackage")
+        (core_ml / "damaged.mlpackage/Data/com.apple.CoreML/model.mlmodel").write_bytes(b"no model")
+        result = run("lint", *[a.format(folder=core_ml, onnx=file_of(tmp_path)) for a in arguments])
+        assert result.exit_code == code
+        assert message in result.stderr
         assert result.stdout == ""
 
 

@@ -39,8 +39,10 @@ def scan_chunks(
         y, last = step(sequences, state, constants)
         return y.to(first.dtype), last
     chunks = (length + size - 1) // size
-    # coreai-torch 0.4.3 pads by numbers only, not by what depends on the length.
-    cut = [F.pad(x, (0, 0, 0, size - 1))[:, : chunks * size].reshape(batch, chunks, size, x.shape[2]) for x in sequences]
+    if not isinstance(length, int) or length % size:
+        # coreai-torch 0.4.3 pads by numbers only, not by what depends on the length.
+        sequences = [F.pad(x, (0, 0, 0, size - 1))[:, : chunks * size] for x in sequences]
+    cut = [x.reshape(batch, chunks, size, x.shape[2]) for x in sequences]
     count = len(cut)
 
     def unfinished(i: Tensor, state: Tensor, y: Tensor, *rest: Tensor) -> Tensor:

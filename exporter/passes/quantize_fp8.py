@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import IsthmusError
+from ..grids import RoundedWeight
 from .fp8_layers import Excluded, Layer, Selection
 from .write_attention import write_attention
 
@@ -59,17 +60,26 @@ class QuantizeFp8(ir.passes.InPlacePass):
         selection: The layers, by the names of their nodes.
         ranges: The largest |value| of every observed activation of the selection.
         original: The float32 model, from whose weights the FP8 ones are made.
+        weights: By the name of a matrix, its E4M3 codes, on the scales of `weight_scales`; those that are not named are rounded to nearest.
 
     Attributes:
         written: The names of the matrix products that are now FP8, with their modules.
         skipped: Selected layers that were left alone, because the graph computes them in float32.
     """
 
-    def __init__(self, selection: Selection, ranges: Mapping[str, float], original: ir.Model) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        ranges: Mapping[str, float],
+        original: ir.Model,
+        *,
+        weights: Mapping[str, RoundedWeight] | None = None,
+    ) -> None:
         missing = [name for name in selection.observed() if not math.isfinite(ranges.get(name, math.nan))]
         if missing:
             raise IsthmusError(f"the calibration has no finite range for {', '.join(missing)}", hint="calibrate again for this model")
         self._selection, self._ranges, self._original = selection, ranges, original
+        self._rounded = weights or {}
         self.written: list[tuple[str, str]] = []
         self.skipped: list[Excluded] = []
 
@@ -92,7 +102,7 @@ class QuantizeFp8(ir.passes.InPlacePass):
         graph.quantize(node, 0, self._ranges[layer.observed[0]])
         source = self._original.graph.initializers.get(weight.name or "", weight).const_value
         assert source is not None
-        node.replace_input_with(1, graph.weight(weight, source, layer.axis, node))
+        node.replace_input_with(1, graph.weight(weight, source, layer.axis, node, self._rounded.get(weight.name or "")))
         if not weight.uses() and weight.is_initializer() and weight.name is not None:
             del graph.graph.initializers[weight.name]
         self.written.append((layer.node, layer.module))
@@ -153,18 +163,26 @@ class _Writer:
             self._quantized[value, scale] = self._named(before, "DequantizeLinear", [q, factor], f"{value.name}.dequantized", value, {})
         return self._quantized[value, scale]
 
-    def weight(self, weight: ir.Value, source: ir.TensorProtocol, axis: int, before: ir.Node) -> ir.Value:
+    def weight(
+        self, weight: ir.Value, source: ir.TensorProtocol, axis: int, before: ir.Node, rounded: RoundedWeight | None = None
+    ) -> ir.Value:
         """The dequantised form of a weight that is stored in FP8; the stored half-precision one goes when nothing reads it."""
         if (weight, axis) not in self._weights:
             name = weight.name or ""
-            array = source.numpy()
-            others = tuple(i for i in range(array.ndim) if i != axis)
-            factors = scales(np.maximum(array.max(axis=others), -array.min(axis=others)).astype(np.float64), weight.dtype)
-            shape = tuple(array.shape)
-            stored = ir.LazyTensor(
-                lambda: ir.tensor(_rounded(source.numpy(), factors, axis), name=f"{name}.fp8"),
-                dtype=_E4M3, shape=ir.Shape(shape), name=f"{name}.fp8", cache=False,
-            )  # fmt: skip
+            factors = weight_scales(source.numpy(), axis, weight.dtype)
+            shape = tuple(source.shape.numpy())
+            if rounded is None:
+                stored: ir.TensorProtocol = ir.LazyTensor(
+                    lambda: ir.tensor(_rounded(source.numpy(), factors, axis), name=f"{name}.fp8"),
+                    dtype=_E4M3, shape=ir.Shape(shape), name=f"{name}.fp8", cache=False,
+                )  # fmt: skip
+            else:
+                rounded.check(name, shape[axis], shape[1 - axis])
+                if not np.array_equal(rounded.scale, factors):
+                    raise IsthmusError(
+                        f"the rounded weight {name} is on other scales than its own", hint="round it on those of weight_scales"
+                    )
+                stored = ir.tensor(np.ascontiguousarray(rounded.codes.T if axis == 1 else rounded.codes), name=f"{name}.fp8")
             value = ir.Value(name=f"{name}.fp8", type=ir.TensorType(_E4M3), shape=ir.Shape(shape), const_value=stored)
             self.graph.register_initializer(value)
             factor = self.constant(factors, weight)
@@ -184,6 +202,12 @@ class _Writer:
         value.name, value.type, value.shape = node.name, ir.TensorType(dtype), like.shape
         self.graph.insert_before(before, node)
         return value
+
+
+def weight_scales(weight: np.ndarray[Any, Any], axis: int, dtype: ir.DataType | None) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The scales of a weight's output channels, which an axis counts: of the largest |value|, see `scales`."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    return scales(np.maximum(weight.max(axis=others), -weight.min(axis=others)).astype(np.float64), dtype)
 
 
 def scales(largest: np.ndarray[Any, Any], dtype: ir.DataType | None) -> np.ndarray[Any, np.dtype[np.float64]]:

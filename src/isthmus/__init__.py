@@ -8,11 +8,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isthmus.pipeline import build, export, inspect, report, verify
+    from isthmus.calibrating import CalibrateResult
+    from isthmus.differences import BisectResult, DiffResult
+    from isthmus.embedding import EmbedResult
+    from isthmus.pipeline import bisect, build, calibrate, compare_reports, diff, embed, export, inspect, report, verify
     from isthmus.results import BuildResult, ExportResult, VerifyResult
 
 __version__ = "0.1.0"
-__all__ = ["BuildResult", "ExportResult", "VerifyResult", "__version__", "build", "export", "inspect", "report", "verify"]
+__all__ = [
+    "BisectResult",
+    "BuildResult",
+    "CalibrateResult",
+    "DiffResult",
+    "EmbedResult",
+    "ExportResult",
+    "VerifyResult",
+    "__version__",
+    "bisect",
+    "build",
+    "calibrate",
+    "compare_reports",
+    "diff",
+    "embed",
+    "export",
+    "inspect",
+    "report",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What is done with a finished bundle: it is built, verified, reported on and inspected. Part of the Python API, see `pipeline`."""
+"""What is done with a finished bundle: it is built, verified and inspected. Part of the Python API, see `pipeline`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from isthmus.calibration.report import render, rewrite_report
+from isthmus.calibration.report import rewrite_report
 from isthmus.calibration.verify import SAMPLE_TOLERANCES, run_stage
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter.errors import AccuracyError, IntegrityError, UsageError
@@ -114,23 +114,6 @@ def verify(bundle: Path, *, trust: bool = False, progress: Progress | None = Non
             f"the artifact in {bundle} is not within its tolerance of PyTorch", reasons=misses(result.stages), result=result
         )
     return result
-
-
-def report(bundle: Path) -> Path:
-    """Renders the report of a bundle again, from what it holds, and returns the page's path.
-
-    A page that is missing or differs is replaced, and its hash in the manifest with it; no other hash is touched.
-
-    Raises:
-        UsageError: The folder is not a bundle.
-        IntegrityError: What the page is made from is not what the manifest says.
-    """
-    manifest = bundles.read_manifest(bundle)
-    path = bundle / "report.html"
-    page = render(bundle).encode()
-    if not path.is_file() or path.read_bytes() != page:
-        bundles.replace_file(bundle, manifest, "report.html", page)
-    return path
 
 
 def inspect(bundle: Path) -> dict[str, Any]:

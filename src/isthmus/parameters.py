@@ -122,23 +122,32 @@ class ExportCommand(click.Command):
         with formatter.section("Options"):
             formatter.write_dl([record for p in own if (record := p.get_help_record(ctx)) is not None])
         for target in sorted({name for names in by_target.values() for name in names}):
-            records = [o.get_help_record(ctx) for name, o in _target_options().items() if target in by_target[name]]
+            # Targets can have options of one name that mean different things: each section tells of its own.
+            records = [o.get_help_record(ctx) for o in _options_of(target)]
             with formatter.section(f"Options of {target}"):
                 formatter.write_dl([record for record in records if record is not None])
 
 
 def _target_options() -> dict[str, click.Option]:
-    """One click option for each field of the targets' options schemas, by the field's name. Values stay texts: the schema reads them."""
+    """One click option for each field name of the targets' options schemas. Values stay texts: the schema reads them."""
     from isthmus.exporter.target import TARGETS
 
     options: dict[str, click.Option] = {}
-    for target in (TARGETS[name] for name in TARGETS):
-        for name, field in target.Options.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            option = Option(
-                [f"--{name.replace('_', '-')}", name], help=f"{field.description} [default: {default}]", metavar=_metavar(field)
-            )
-            options.setdefault(name, option)
+    for target in TARGETS:
+        for option in _options_of(target):
+            assert option.name is not None
+            options.setdefault(option.name, option)
+    return options
+
+
+def _options_of(target: str) -> list[click.Option]:
+    from isthmus.exporter.target import TARGETS
+
+    options: list[click.Option] = []
+    for name, field in TARGETS[target].Options.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        text = f"{field.description} [default: {default}]"
+        options.append(Option([f"--{name.replace('_', '-')}", name], help=text, metavar=_metavar(field)))
     return options
 
 

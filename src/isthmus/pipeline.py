@@ -15,44 +15,75 @@ import dataclasses
 import gc
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from isthmus.calibration.batches import InBatches
-from isthmus.calibration.cases import cases_of_example, cases_of_spec, draw_inputs
-from isthmus.calibration.data import RANDOM, CalibrationData, check_size
-from isthmus.calibration.data import calibration_data as read_data
+from isthmus.calibrating import (
+    CalibrateResult,
+    calibrate,
+    draw_data,
+    read_data,
+    readers,
+    rounded_job,
+    sampler_of,
+    smoothed_job,
+    warnings_of,
+)
+from isthmus.calibration.calibrator import CALIBRATORS
+from isthmus.calibration.cases import cases_of_example, cases_of_spec
+from isthmus.calibration.data import check_preprocess, check_size
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
-from isthmus.calibration.observe import MAX, Observer, check_graph
+from isthmus.calibration.observe import Observer, check_graph
 from isthmus.calibration.report import Pictures, write_report
+from isthmus.calibration.table import calibration_table, report_table
 from isthmus.calibration.traced import check_rounded, check_trace
 from isthmus.calibration.verify import SAMPLE_TOLERANCES, SAMPLES, module_runner, run_stage, to_array
+from isthmus.differences import BisectResult, DiffResult, bisect, diff
+from isthmus.embedding import EmbedResult, embed
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.bundle import Manifest, TensorInfo
+from isthmus.exporter import ranges
+from isthmus.exporter.bundle import Manifest, Table, TensorInfo
 from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.grids import ACTIVATION_GRIDS, WEIGHT_GRIDS
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.passes.sampling_loop import misfits
+from isthmus.exporter.preprocess import parse_preprocess
 from isthmus.exporter.sampling import GraphSampler
 from isthmus.exporter.source import Model, Source, load_source
-from isthmus.exporter.spec import Dynamic, Sampler, Samples, Tolerance
+from isthmus.exporter.spec import Dynamic, Samples, Tolerance
 from isthmus.exporter.target import TARGETS, Job, Target
 from isthmus.exporter.trace import dimension_names, input_shapes, output_shapes, trace
 from isthmus.exporter.weights import nonfinite
-from isthmus.finished import build, inspect, report, verify
+from isthmus.finished import build, inspect, verify
+from isthmus.reporting import compare_reports, report
 from isthmus.results import BuildResult, ExportResult, Progress, Silent, VerifyResult, json_values, misses, tool_versions
 
-__all__ = ["BuildResult", "ExportResult", "VerifyResult", "build", "export", "inspect", "report", "verify"]
+__all__ = [
+    "BisectResult",
+    "BuildResult",
+    "CalibrateResult",
+    "DiffResult",
+    "EmbedResult",
+    "ExportResult",
+    "VerifyResult",
+    "bisect",
+    "build",
+    "calibrate",
+    "compare_reports",
+    "diff",
+    "embed",
+    "export",
+    "inspect",
+    "report",
+    "verify",
+]
 
-_RANDOM = (
-    "Calibrated on random inputs, as was asked for: the ranges say nothing of real inputs, which may saturate. "
-    "Calibrate on real data before use."
-)
 Arrays = dict[str, np.ndarray[Any, Any]]
 CaseArrays = dict[str, Arrays]
 
@@ -72,6 +103,9 @@ def export(
     calibration_data: str | None = None,
     calibration_size: int | None = None,
     calibration_method: str | None = None,
+    calibration_preprocess: str | None = None,
+    weight_rounding: str | None = None,
+    smooth: float | None = None,
     sampler: str | None = None,
     atol: float | None = None,
     rtol: float | None = None,
@@ -96,10 +130,15 @@ def export(
         weights: Weights to load, safetensors.
         inputs: Example inputs of a module, or `module:callable` that returns them.
         dynamic: Axes that may vary.
-        calibration_data: For precisions that are calibrated: an `.npz` file or a folder of them (see `calibration.data`), or `random`; by
-            default what the model sees while it samples, where it has trained weights.
+        calibration_data: For precisions that are calibrated: an `.npz` or `.safetensors` file, a folder of them or of pictures,
+            `module:callable` (see `calibration.files`), or `random`; by default what the model sees while it samples, where it has trained
+            weights.
         calibration_size: Number of sets of calibration inputs.
-        calibration_method: How ranges are chosen: `max`, the largest |value| that was seen.
+        calibration_method: How ranges are chosen, a registered calibrator: `max` by default.
+        calibration_preprocess: What becomes of pictures, see `exporter.preprocess`.
+        weight_rounding: How weights are rounded in precisions that are calibrated: `nearest`, the default, or `gptq` (see
+            `calibration.rounding`).
+        smooth: The alpha of SmoothQuant, from 0 to 1, see `passes.smooth_activations`; by default activations stay as they are.
         sampler: `step`, the default, for the graph of one step, which a sampler calls; `loop` for one more graph that draws whole pictures
             (see `exporter.sampling`).
         atol: With `rtol`, replaces the bound on the relative error by |error| <= atol + rtol |reference|.
@@ -127,13 +166,18 @@ def export(
     chosen.check_machine(resolved)
     check_size(calibration_size)
     calibrated = precision in chosen.calibrated
-    if calibration_method not in (None, MAX):
-        raise UnknownNameError("calibration method", calibration_method, [MAX])
-    if not calibrated and (calibration_data, calibration_size, calibration_method) != (None, None, None):
+    method = CALIBRATORS.entry(calibration_method or "max").name
+    preprocess = parse_preprocess(calibration_preprocess) if calibration_preprocess is not None else None
+    asked = (calibration_data, calibration_size, calibration_method, calibration_preprocess, weight_rounding, smooth)
+    weight_rounding = _choose("weight rounding", weight_rounding, ("nearest", "gptq"))
+    if smooth is not None and not 0 <= smooth <= 1:
+        raise UsageError(f"smooth: got {smooth}, expected a number from 0 to 1")
+    if not calibrated and any(value is not None for value in asked):
         raise UsageError(
             f"{target} in {precision} is not calibrated, so calibration data has no use",
             hint=f"leave it out, or choose --precision {' or '.join(chosen.calibrated)}" if chosen.calibrated else "leave it out",
         )
+    check_preprocess(calibration_data, preprocess)
     destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
     if not dry_run:
         bundles.check_destination(destination, force=force)
@@ -152,6 +196,7 @@ def export(
         # Weights from a file were checked as they were read.
         if source.weights.origin == "module" and (reasons := nonfinite(source.module)):
             raise IsthmusError("the weights are not finite", reasons=reasons, hint="check the training run or the conversion of this file")
+        data = read_data(source, calibration_data, seed=seed, size=calibration_size, preprocess=preprocess) if calibrated else None
     cases = (
         cases_of_spec(dataclasses.replace(source.spec, dynamic=source.dynamic, ranges=source.ranges), source.sizes, seed)
         if source.spec
@@ -167,13 +212,14 @@ def export(
         arrays = {case: {name: to_array(t) for name, t in tensors.items()} for case, tensors in cases.items()}
         reference: CaseArrays = {case: dict(run(tensors)) for case, tensors in arrays.items()}
         names = tuple(reference["example"])
-        drawing = _sampler(source)
+        drawing = sampler_of(source)
         pictures = drawing(run, np.random.Generator(np.random.PCG64(seed))) if drawing else None
         noise, latents = in_graph.loop_case(run, np.random.Generator(np.random.PCG64(seed))) if in_graph else ({}, {})
         # The steps' cases, and the one of the whole sampler where it is asked for.
         all_inputs = {**arrays, **({SAMPLES: dict(noise)} if in_graph else {})}
         all_outputs = {**reference, **({SAMPLES: dict(latents)} if in_graph else {})}
-        data = load_data(source, calibration_data, run, seed=seed, size=calibration_size) if calibrated else None
+        if calibrated and data is None:
+            data = draw_data(source, run, seed=seed, size=calibration_size)
         notes = (
             []
             if drawing or not (source.spec and source.spec.sampler)
@@ -225,6 +271,7 @@ def export(
             "seed": seed,
             "batch_size": batch_size,
             "sampler": sampler,
+            **({"weight_rounding": weight_rounding, "smooth": smooth} if calibrated else {}),
             "settings": json_values(settings or {}),
             "dynamic": {f"{name}:{axis}": size for name, axes in source.dynamic.items() for axis, size in axes.items()},
             target: resolved.model_dump(mode="json"),
@@ -239,7 +286,7 @@ def export(
         versions=tool_versions(),
     )
     observed = chosen.observed(job) if data is not None and job.model is not None else ()
-    warnings = [_RANDOM] if data is not None and data.source == RANDOM else []
+    warnings = warnings_of(data)
     if dry_run:
         return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
 
@@ -247,13 +294,33 @@ def export(
         # Weights in a file of their own are shared by the graphs of the step and the sampler.
         copies = 2 if job.loop and source.weights.bytes <= onnx_files.EXTERNAL_DATA_BYTES else 1
         _check_space(folder, copies * source.weights.bytes)
+        used: dict[str, object] = {}  # what the manifest says of the calibration
+        observed_table: list[Table] = []
         if data is not None:
+            used = data.summary()
             job = dataclasses.replace(job, samples=data.sets)
         if data is not None and job.model is not None:
             with step("calibrating"):
+                job, smoothed = smoothed_job(job, observed, data, smooth)
+                notes += smoothed
                 observer = Observer(job.onnx, observed)
-                job = dataclasses.replace(job, calibration=observer.observe(data))
+                table = calibration_table(
+                    observer.observe(data),
+                    data,
+                    method=method,
+                    grids=ACTIVATION_GRIDS[precision],
+                    model=source.name,
+                    weights=source.weights.sha256,
+                    seed=seed,
+                    modules=readers(job.onnx, observed),
+                )
+                used = table.summary()
+                observed_table.append(report_table(table))
+                job = dataclasses.replace(job, calibration=table)
+                bundles.write_text(folder / ranges.FILE, table.json_text())
                 stages.append(check_graph(observer, arrays, reference))
+                if weight_rounding == "gptq":
+                    job = rounded_job(job, chosen.quantised(job), observer, data, WEIGHT_GRIDS[precision])
                 del observer
         with step(f"lowering to {target}"):
             lowered = chosen.lower(job, folder)
@@ -263,7 +330,7 @@ def export(
         # Every name that holds the weights, or holds something that does.
         del job, onnx_model, program, run, cases, source, model
         _release(weights_bytes)
-        details = json_values(lowered.details)
+        details = json_values({**lowered.details, **({"calibration": used} if used else {})})
         manifest = manifest.model_copy(update={"device": lowered.device, "details": details, "opset": details.get("opset", opset)})
         with step(f"building for {lowered.device}"):
             built = chosen.build(folder, manifest, required=False)
@@ -297,7 +364,7 @@ def export(
                 folder,
                 manifest,
                 pictures=Pictures(pictures, drawn) if pictures and drawn else None,
-                facts={"notes": [*lowered.notes, *notes], "warnings": warnings, "tables": lowered.tables},
+                facts={"notes": [*lowered.notes, *notes], "warnings": warnings, "tables": [*lowered.tables, *observed_table]},
             )
             manifest = bundles.write_manifest(folder, manifest)
     result_ = ExportResult(destination, manifest)
@@ -333,51 +400,18 @@ def _choose_opset(target: Target[Any], opset: int | None) -> int | None:
     return None
 
 
-def _sampler(source: Source) -> Sampler | None:
-    """The model's sampler, where its weights are trained ones and the artifact will take its batches."""
-    sampler = source.spec.sampler if source.spec and source.weights.origin in ("shipped", "file") else None
-    if sampler is None:
-        return None
-    if allowed := source.ranges.get("batch"):
-        return sampler if allowed.min <= sampler.batch <= allowed.max else None
-    rows = source.sizes.get("batch", 0)
-    if rows == sampler.batch:
-        return sampler
-    assert source.spec is not None
-    axes = {name: axis for name, sizes in source.spec.dynamic.items() for axis, size in sizes.items() if size == "batch"}
-    return InBatches(sampler, rows, axes) if axes and rows and sampler.batch % rows == 0 else None
-
-
 def _graph_sampler(source: Source) -> GraphSampler:
     """The model's sampler, which has to be one that can be written as a graph.
 
     Raises:
         UsageError: It has none.
     """
-    if isinstance(sampler := _sampler(source), GraphSampler):
+    if isinstance(sampler := sampler_of(source), GraphSampler):
         return sampler
     raise UsageError(
         f"--sampler loop writes a model's sampler as a graph, and {source.name} comes without one",
         hint="that needs a registered model that has a sampler, its trained weights, and a batch of the sampler's size",
     )
-
-
-def load_data(
-    source: Source,
-    text: str | None,
-    run: Callable[[Mapping[str, np.ndarray[Any, Any]]], Mapping[str, np.ndarray[Any, Any]]],
-    *,
-    seed: int,
-    size: int | None,
-) -> CalibrationData:
-    """The calibration inputs of a model; see `calibration.data.calibration_data`."""
-    example = {name: to_array(tensor) for name, tensor in source.example.items()}
-
-    def draw(rng: np.random.Generator) -> Arrays:
-        tensors = source.spec.inputs(rng, source.sizes) if source.spec else draw_inputs(dict(source.example), rng)
-        return {name: to_array(tensor) for name, tensor in tensors.items()}
-
-    return read_data(text, example=example, dynamic=source.dynamic, sampler=_sampler(source), run=run, draw=draw, seed=seed, size=size)
 
 
 def _tolerance(

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isthmus.calibrating import CalibrateResult
+    from isthmus.embedding import EmbedResult
     from isthmus.exporter.bundle import StageResult
     from isthmus.findings import LintReport
     from isthmus.results import BuildResult, ExportResult, VerifyResult
 
-_MODULES = 10  # of those that are not wholly in FP8, how many are named
+_MODULES = 10  # of those that are not wholly in FP8, or on the Neural Engine, how many are named
 _UNCOUNTED = 4  # of the products whose sizes are not known, how many are named
 
 
@@ -122,22 +124,38 @@ def print_built(result: BuildResult) -> None:
     _print_stages(result.stages)
 
 
+def print_calibrated(result: CalibrateResult) -> None:
+    """Where the table is, what it was made of, and the values that change the most over the timesteps."""
+    table = result.table
+    print(f"{result.path}: {len(table.values)} values of {table.model}, {table.method} over {table.data.sets} sets of {table.data.source}")
+    drifting = sorted(((seen.drift, name) for name, seen in table.values.items() if seen.drift is not None), reverse=True)
+    for drift, name in drifting[:3]:
+        print(f"  {name}: {drift:.2f} times as large at some timesteps as at others")
+    for warning in result.warnings:
+        print(f"warning: {warning}")
+
+
+def print_embedded(result: EmbedResult) -> None:
+    """Where the program is, and what was not done with it."""
+    manifest = result.manifest
+    print(f"{result.path}: {result.name}, {manifest.model} for {manifest.target} in {result.language}, {len(result.files)} files")
+    for note in result.notes:
+        print(f"  {note}")
+
+
 def print_findings(report: LintReport) -> None:
-    """A line for each finding, the share of FP8 with what lacks it, and the number of findings."""
+    """A line for each finding; the share of FP8, or of the Neural Engine, with what lacks it; and the number of findings."""
     for finding in report.findings:
         print(finding)
+    engine = report.engine
+    if engine is not None:
+        print(f"Neural Engine{f' of {engine.chip}' if engine.chip else ''}: likely {engine.share:.1%} of {engine.flops / 1e9:.4g} GFLOP")
+        parts = engine.modules or engine.operators
+        _print_shares("module" if engine.modules else "operation", "likely", [(part.name, part.flops, part.likely) for part in parts])
     covered = report.coverage
     if covered is not None:
         print(f"FP8: {covered.share:.1%} of {covered.flops / 1e9:.4g} GFLOP in matrix products")
-        half = sorted((row for row in covered.rows if row.fp8 < row.flops), key=lambda row: row.fp8 - row.flops)
-        rows = [
-            (row.module or "-", f"{row.flops / 1e9:.4g}", f"{row.fp8 / row.flops:.1%}", f"{row.flops / covered.flops:.1%}")
-            for row in half[:_MODULES]
-        ]
-        if rows:
-            print_table(("module", "GFLOP", "in FP8", "of all"), rows)
-        if len(half) > _MODULES:
-            print(f"and {len(half) - _MODULES} more: --format json has them")
+        _print_shares("module", "in FP8", [(row.module, row.flops, row.fp8) for row in covered.rows])
         for reason in covered.uncounted[:_UNCOUNTED]:
             print(reason)
         if len(covered.uncounted) > _UNCOUNTED:
@@ -145,7 +163,18 @@ def print_findings(report: LintReport) -> None:
             print(rest if report.target else f"{rest}; give the bundle in place of the file: its manifest has the sizes")
     counts = ", ".join(f"{n} {severity}{'s' if n != 1 and severity != 'info' else ''}" for severity, n in report.counts.items())
     rules = f"{report.rules} rules{f' of {report.target}' if report.target else ''}"
-    print(f"{report.path}: {counts} ({rules})" if report.rules else f"{report.path}: there are no rules of {report.target}")
+    print(f"{report.path}: {counts} ({rules})" if report.rules else f"{report.path}: there are no rules of {report.target} for it")
+
+
+def _print_shares(kind: str, what: str, rows: Sequence[tuple[str, int, int]]) -> None:
+    """Of rows of a name, all its operations and the good ones of them, those with the most that are not, and their part of everything."""
+    every = sum(flops for _, flops, _ in rows)
+    lacking = sorted((row for row in rows if row[2] < row[1]), key=lambda row: row[2] - row[1])
+    table = [(name or "-", f"{flops / 1e9:.4g}", f"{good / flops:.1%}", f"{flops / every:.1%}") for name, flops, good in lacking[:_MODULES]]
+    if table:
+        print_table((kind, "GFLOP", what, "of all"), table)
+    if len(lacking) > _MODULES:
+        print(f"and {len(lacking) - _MODULES} more: --format json has them")
 
 
 def _print_stages(stages: Sequence[StageResult]) -> None:

@@ -1,10 +1,10 @@
-"""ONNX Runtime, on any machine: `model.onnx` (and `model.onnx.data`), fp32 or fp16."""
+"""ONNX Runtime, on any machine: `model.onnx` (and `model.onnx.data`), fp32, fp16 or int8."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,9 @@ from ...exporter.op import DOMAIN
 from ...exporter.runner import Runner
 from ...exporter.sampling import FILE as SAMPLER
 from ...exporter.target import Capability, Job, Lowered, Stage, Target, register_target
+
+if TYPE_CHECKING:
+    from ...exporter.passes.fp8_layers import Layer
 
 MODEL = "model.onnx"
 
@@ -30,6 +33,12 @@ class OnnxRuntimeOptions(BaseModel):
     graph_optimization: Literal["disable", "basic", "extended", "all"] = Field(
         "all", description="Graph optimisation level of the session."
     )
+    int8_include: tuple[str, ...] = Field(
+        (), description="With --precision int8: patterns of PyTorch module paths that compute in INT8 although the default leaves them out."
+    )
+    int8_exclude: tuple[str, ...] = Field(
+        (), description="With --precision int8: patterns of PyTorch module paths that stay in float32, for example 'blocks.0.*'."
+    )
     threads: int = Field(0, ge=0, le=1024, description="Threads within an operator; 0 lets ONNX Runtime decide.")
     ssm_op: Literal["onnx27", "plugin", "decomposed"] = Field(
         "plugin",
@@ -38,11 +47,12 @@ class OnnxRuntimeOptions(BaseModel):
     )
 
 
-@register_target("onnxruntime", summary="ONNX Runtime on any machine: one ONNX file, fp32 or fp16")
+@register_target("onnxruntime", summary="ONNX Runtime on any machine: one ONNX file, fp32, fp16 or int8")
 class OnnxRuntime(Target[OnnxRuntimeOptions]):
     """Lowers to one ONNX file of the standard operators and runs it in ONNX Runtime."""
 
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    calibrated: ClassVar[tuple[str, ...]] = ("int8",)
     samplers: ClassVar[tuple[str, ...]] = ("step", "loop")
     opsets: ClassVar[tuple[int, ...]] = OPSETS
     Options: ClassVar[type[BaseModel]] = OnnxRuntimeOptions
@@ -75,22 +85,34 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
 
         return unsupported(job.onnx) + (without_standard_operator(job.onnx) if job.options.ssm_op == "onnx27" else [])
 
+    def observed(self, job: Job[OnnxRuntimeOptions]) -> tuple[str, ...]:
+        """The activations of the layers that compute in INT8; see `integers.selection`."""
+        from .integers import selection
+
+        return tuple(dict.fromkeys(name for layer in selection(job)[0] for name in layer.observed))
+
+    def quantised(self, job: Job[OnnxRuntimeOptions]) -> tuple[Layer, ...]:
+        """The layers that compute in INT8; see `integers.selection`."""
+        from .integers import selection
+
+        return selection(job)[0]
+
     def lower(self, job: Job[OnnxRuntimeOptions], folder: Path) -> Lowered:
         """Writes `model.onnx`, and `sampler.onnx` where that is asked for; in fp16, norms, softmax, accumulations and whatever leaves
-        fp16's range stay in fp32.
+        fp16's range stay in fp32; in int8, products of an activation and a weight are 8 bits wide.
         """
         from .lower import lower
 
         return lower(job, folder / MODEL)
 
     def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:  # noqa: ARG002 - an ONNX file holds no code
-        """`onnx`: the file as every ONNX Runtime runs it, on the CPU. `native`, where the file has nodes of our own: with our kernels in
-        place of the nodes' bodies. `sampler`, with `--sampler loop`: the sampling graph, on the CPU. With `--execution-provider cuda` also
-        `device`.
+        """`onnx` (in int8 `quantized`): the file as every ONNX Runtime runs it, on the CPU. `native`, where the file has nodes of our own:
+        with our kernels in place of the nodes' bodies. `sampler`, with `--sampler loop`: the sampling graph, on the CPU. With
+        `--execution-provider cuda` also `device`.
         """
         options = OnnxRuntimeOptions.model_validate(manifest.options.get(self.name, {}))
         path, cpu = folder / MODEL, options.model_copy(update={"execution_provider": "cpu"})
-        stages = [Stage("onnx", _opener(path, cpu))]
+        stages = [Stage("quantized" if manifest.precision == "int8" else "onnx", _opener(path, cpu))]
         if _has_nodes_of_ours(path):
             from ...exporter.ops import native
 

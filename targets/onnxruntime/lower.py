@@ -8,11 +8,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...exporter import onnx as onnx_files
+from ...exporter.bundle import Table
 from ...exporter.passes.expand_attention_mask import ExpandAttentionMask
 from ...exporter.passes.half_precision import ToHalf, overflowing
 from ...exporter.passes.name_values import NameValues
 from ...exporter.sampling import write_sampler
 from ...exporter.target import Job, Lowered
+from .integers import integer_products, quantize
 from .ssm_op import write_ssm_op
 
 
@@ -26,15 +28,25 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
     if ExpandAttentionMask()(model).modified:
         NameValues()(model)
     notes: list[str] = []
+    details: dict[str, object] = {}
+    tables: list[Table] = []
     if job.precision == "fp16":
         convert = ToHalf(keep_modules=overflowing(job.peaks))
         model = convert(model).model
         notes.append(convert.summary())
+    if job.precision == "int8":
+        found, facts, tables = quantize(job, model)
+        notes += found
+        details |= facts
     notes += write_ssm_op(model, job.options.ssm_op)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     onnx_files.save(model, path, bytes_of_weights=sum(t.nbytes for t in weights))
     onnx_files.check(path, opset=model.opset_imports[""])
-    details: dict[str, object] = {}
+    if job.precision == "int8":
+        products = integer_products(path, weight_bytes=sum(t.nbytes for t in weights))
+        details["integer_products"] = products
+        if products is not None:
+            notes.append(f"ONNX Runtime makes {products} integer products of them on this machine")
     if job.loop is not None:
         sampler = write_sampler(path, job.loop)
         notes.append(sampler.note)
@@ -51,4 +63,5 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
             "file_bytes": sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")),
             **details,
         },
+        tables=tuple(tables),
     )

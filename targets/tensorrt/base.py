@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from ...exporter.bundle import Manifest, StageResult, sha256_of
 from ...exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError, UsageError
@@ -16,6 +16,9 @@ from ...exporter.target import Built, Capability, Job, Lowered, Stage, Target
 from .library import INSTALL, MODULES, OLDEST, find_gpu, installed_version
 from .options import TensorRTOptions
 from .recipe import ENGINES, MODEL, Fp8Layer, Library, PluginLibrary, Recipe, profiles_of, recipe_of
+
+if TYPE_CHECKING:
+    from ...exporter.passes.fp8_layers import Layer
 
 O = TypeVar("O", bound=TensorRTOptions)  # noqa: E741 - the options of a target
 
@@ -116,6 +119,12 @@ class TensorRTTarget(Target[O]):
         from .lower import selection
 
         return selection(job).observed()
+
+    def quantised(self, job: Job[O]) -> tuple[Layer, ...]:
+        """The layers that compute in FP8; see `lower.selection`."""
+        from .lower import selection
+
+        return selection(job).layers
 
     def lower(self, job: Job[O], folder: Path) -> Lowered:
         """Writes `model.onnx`, `plugins/`, and `build.sh`; the recipe is in the details. Where `sampler.onnx` is asked for, the recipe

@@ -59,7 +59,7 @@ def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any],
 
     Returns:
         Sentences for the report; figures for the manifest: `opset`, `nodes`, `operators`, `weight_bytes`, `file_bytes`; in fp8 also `fp8`
-        (`layers` and `excluded`, by node and module), `calibration`; and `coverage`. In fp8, tables for the report.
+        (`layers` and `excluded`, by node and module); and `coverage`. In fp8, tables for the report.
 
     Raises:
         IsthmusError: The written file is not valid ONNX, or the calibration is missing.
@@ -130,26 +130,17 @@ def _quantize(job: Job[Any], model: ir.Model) -> tuple[list[str], dict[str, Any]
     if calibration is None:
         raise IsthmusError("fp8 needs calibration data", hint="give --calibration-data")
     found = selection(job)
-    quantize = QuantizeFp8(found, calibration.ranges, job.onnx)
+    quantize = QuantizeFp8(found, calibration.ranges("e4m3"), job.onnx, weights=job.weights)
     quantize(model)
     left = [*found.excluded, *quantize.skipped]
     notes = [
         f"{len(quantize.written)} matrix products compute in FP8 (E4M3), {len(left)} layers stay in half precision",
-        f"ranges: the largest |value| over {calibration.size} sets of {_SOURCES.get(calibration.source, calibration.source)}",
+        calibration.sentence(),
     ]
     facts: Mapping[str, Any] = {
         "fp8": {
             "layers": [{"node": node, "module": module} for node, module in quantize.written],
             "excluded": [{"node": e.node, "module": e.module, "reason": e.reason} for e in left],
-        },
-        "calibration": {
-            "method": calibration.method,
-            "source": calibration.source,
-            "size": calibration.size,
-            "sha256": calibration.sha256,
-        },
+        }
     }
     return notes, dict(facts)
-
-
-_SOURCES = {"trajectories": "inputs seen while sampling", "random": "random inputs"}

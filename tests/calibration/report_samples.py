@@ -75,15 +75,15 @@ def manifest(**changes):
     return Manifest(**{**values, **changes})
 
 
-def written(folder, made=None, **arguments):
-    (folder / "model.onnx").write_bytes(b"x" * 2_500_000)
+def written(folder, made=None, *, size=2_500_000, **arguments):
+    (folder / "model.onnx").write_bytes(b"x" * size)
     write_report(folder, made or manifest(), **arguments)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def words(page):
     """The page's text as it is read: no tags, entities resolved, white space single."""
-    body = page.partition("<body>")[2]
+    body = re.sub(r"(?s)<script>.*?</script>", "", re.split("<body[^>]*>", page)[1])
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 

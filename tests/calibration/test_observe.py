@@ -1,8 +1,7 @@
-"""Calibration data from every source, and the ranges that are observed on it."""
+"""The values that are observed while a graph runs on calibration data."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 
 import numpy as np
@@ -11,108 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.calibration.data import DEFAULT_SIZE, RANDOM, CalibrationData, calibration_data, check_size
+from isthmus.calibration.data import CalibrationData
+from isthmus.calibration.observation import Observation
 from isthmus.calibration.observe import Observer, check_graph
 from isthmus.calibration.session import GraphSession
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.errors import IntegrityError, IsthmusError, UsageError
+from isthmus.exporter.errors import IsthmusError
 from isthmus.exporter.passes import optimise
-from isthmus.exporter.spec import MODELS
-from isthmus.exporter.trace import trace
-from isthmus.models.flow import RectifiedFlowSampler
-
-EXAMPLE = {"x": np.zeros((2, 1, 4, 4), np.float32), "y": np.zeros(2, np.int64)}
-
-
-def read(text, **changes):
-    arguments = {
-        "example": EXAMPLE,
-        "dynamic": {"x": (0,), "y": (0,)},
-        "sampler": None,
-        "run": lambda _: {},
-        "draw": lambda rng: {"x": rng.standard_normal((2, 1, 4, 4), dtype=np.float32), "y": np.arange(2)},
-        "seed": 3,
-    }
-    return calibration_data(text, **{**arguments, **changes})
-
-
-def write(path, **arrays):
-    np.savez(path, **arrays)
-    return str(path)
-
-
-def one(batch=3):
-    return {"x": np.ones((batch, 1, 4, 4), np.float32), "y": np.ones(batch, np.int64)}
-
-
-def test_random_is_reproducible_and_says_so():
-    first, again = read(RANDOM, size=3), read(RANDOM, size=3)
-    assert (first.source, len(first.sets)) == ("random", 3)
-    assert first.sha256() == again.sha256() != read(RANDOM, size=3, seed=4).sha256()
-    assert not np.array_equal(first.sets[0]["x"], first.sets[1]["x"])
-    assert len(read(RANDOM).sets) == DEFAULT_SIZE
-
-
-def test_one_set_in_a_file_several_and_a_folder(tmp_path):
-    assert len(read(write(tmp_path / "one.npz", **one())).sets) == 1
-    several = write(tmp_path / "two.npz", **{f"{i}/{n}": a for i in range(2) for n, a in one(i + 1).items()})
-    data = read(several)
-    assert data.source == "two.npz"
-    assert [s["x"].shape[0] for s in data.sets] == [1, 2]
-    assert len(read(str(tmp_path)).sets) == 3
-    assert len(read(str(tmp_path), size=2).sets) == 2
-
-
-def test_every_fault_of_a_file_is_listed(tmp_path):
-    faulty = {
-        "0/x": np.full((1, 1, 4, 4), np.nan, np.float32),
-        "0/y": np.ones(1, np.int32),
-        "1/x": np.ones((1, 1, 5, 4), np.float32),
-        "1/z": np.ones(1),
-    }
-    with pytest.raises(UsageError) as caught:
-        read(write(tmp_path / "bad.npz", **faulty))
-    assert {(r.where, r.what) for r in caught.value.reasons} == {
-        ("bad.npz, 0: x", "holds NaN or Inf"),
-        ("bad.npz, 0: y", "has dtype int32, expected int64"),
-        ("bad.npz, 1: x", "has shape (1, 1, 5, 4), expected (any, 1, 4, 4)"),
-        ("bad.npz, 1: y", "is missing"),
-        ("bad.npz, 1: z", "is no input; the inputs are x, y"),
-    }
-
-
-def test_what_is_not_there_or_not_data_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="does not exist"):
-        read(str(tmp_path / "none.npz"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"holds no \.npz file"):
-        read(str(tmp_path / "empty"))
-    (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(IntegrityError, match=r"text\.npz cannot be read"):
-        read(str(tmp_path / "text.npz"))
-    with pytest.raises(UsageError, match="needs calibration data") as caught:
-        read(None)
-    assert "`--calibration-data random`" in caught.value.hint
-    for size in (0, 2**20):
-        with pytest.raises(UsageError, match="calibration-size"):
-            check_size(size)
-
-
-def test_trajectories_are_what_the_model_sees_while_it_samples():
-    sampler = RectifiedFlowSampler(shape=(1, 4, 4), labels=(0, 1), names=("a", "b"), null_label=2, steps=4)
-    seen = []
-
-    def run(inputs):
-        seen.append(inputs["x"].copy())
-        return {"sample": inputs["x"] * 0.5}
-
-    example = {"x": EXAMPLE["x"], "t": np.zeros(2, np.float32), "y": EXAMPLE["y"]}
-    data = read(None, sampler=sampler, run=run, example=example, size=4)
-    assert (data.source, len(data.sets)) == ("trajectories", 4)
-    rows = np.concatenate(seen)
-    for arrays in data.sets:
-        assert arrays["x"].shape == (2, 1, 4, 4)
-        assert all(any(np.array_equal(row, r) for r in rows) for row in arrays["x"])
+from isthmus.exporter.spec import MODELS, SizeRange
+from isthmus.exporter.trace import dimension_names, trace
 
 
 class Net(nn.Module):
@@ -142,18 +48,71 @@ def sets(count=3):
     return [{"x": np.random.Generator(np.random.PCG64(i)).standard_normal((4, 8, 64), dtype=np.float32)} for i in range(count)]
 
 
-def test_ranges_are_the_largest_values_over_all_sets(net: Net, graph: ir.Model):
+def test_what_is_seen_is_what_pytorch_computes(net: Net, graph: ir.Model):
     hidden = next(node for node in graph.graph if node.op_type == "Relu").outputs[0].name
     data = CalibrationData("here", sets())
     found = Observer(graph, ["x", hidden]).observe(data)
-    expected = [float(torch.relu(net.up(torch.from_numpy(s["x"]))).max()) for s in sets()]
-    assert found.ranges["x"] == max(float(np.abs(s["x"]).max()) for s in sets())
-    assert found.ranges[hidden] == pytest.approx(max(expected), rel=1e-6)
-    assert dataclasses.asdict(found) | {"ranges": {}} == {
-        "ranges": {}, "method": "max", "source": "here", "size": 3, "sha256": data.sha256(),
-    }  # fmt: skip
-    assert not found.random
+    assert list(found) == ["x", hidden]
+    assert found["x"] == Observation.of(np.stack([s["x"] for s in sets()]))
+    expected = [torch.relu(net.up(torch.from_numpy(s["x"]))).numpy() for s in sets()]
+    histogram = found[hidden].histogram
+    assert (histogram.min, histogram.count) == (0.0, sum(e.size for e in expected))
+    assert histogram.max == pytest.approx(max(float(e.max()) for e in expected), rel=1e-6)
     assert len(graph.graph.outputs) == 1  # what was given is as it was
+
+
+def test_values_are_held_up_to_the_limit_and_seen_all_the_same(graph: ir.Model):
+    names = [node.outputs[0].name for node in graph.graph]
+    size = 4 * 8 * 256 * 4
+    whole = Observer(graph, names)
+    parts = Observer(graph, names, limit=size)
+    runs = []
+    run = parts._session.run
+
+    def counting(inputs, wanted):
+        runs.append(wanted)
+        return run(inputs, wanted)
+
+    parts._session.run = counting
+    data = CalibrationData("here", sets(1))
+    assert parts.observe(data) == whole.observe(data)
+    assert len(runs) > 2
+    assert [name for group in runs for name in group] == names
+    assert max(len(group) for group in runs) < len(names)
+
+
+def test_shards_of_the_data_equal_all_of_it(graph: ir.Model):
+    observer = Observer(graph, [node.outputs[0].name for node in graph.graph])
+    a, b, whole = (observer.observe(CalibrationData("here", part)) for part in (sets()[:1], sets()[1:], sets()))
+    assert {name: a[name].merge(b[name]) for name in a} == whole
+
+
+class Timed(nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        grown = torch.relu(x * (1 + t[:, None] / 100))
+        return grown * 2, grown.T @ grown
+
+
+def test_rows_are_told_by_timestep():
+    example = {"x": torch.randn(4, 6), "t": torch.rand(4)}
+    dynamic = {"x": {0: "batch"}, "t": {0: "batch"}}
+    program = trace(Timed(), example, dynamic=dynamic, ranges={"batch": SizeRange(1, 4, 8)})
+    names = dimension_names(program, dynamic, example)
+    model = optimise(onnx_files.to_onnx(program, opset=23, input_names=["x", "t"], output_names=["y", "z"], dimension_names=names))
+    grown = next(node for node in model.graph if node.op_type == "Relu").outputs[0].name
+    rng = np.random.Generator(np.random.PCG64(1))
+    data = [{"x": rng.standard_normal((3, 6), dtype=np.float32), "t": np.float32([0, 500, 999])} for _ in range(2)]
+    found = Observer(model, [grown, "x", "z"]).observe(CalibrationData("here", data, "t"))
+    peaks = {0: [], 7: [], 15: []}  # periods of 64
+    for arrays in data:
+        for row, time in zip(np.maximum(arrays["x"] * (1 + arrays["t"][:, None] / 100), 0), arrays["t"], strict=True):
+            peaks[int(time // 64)].append(row.max())
+    assert found[grown].periods.exponent == 6
+    assert {i: (rows, high) for i, (rows, _, high) in found[grown].periods.found.items()} == {
+        i: (2, pytest.approx(max(high), rel=1e-6)) for i, high in peaks.items()
+    }
+    assert found["x"].periods.found.keys() == peaks.keys()
+    assert found["z"].periods.exponent is None  # its rows are no samples
 
 
 def test_the_float32_graph_is_checked_on_the_way(net: Net, graph: ir.Model):

@@ -1,4 +1,7 @@
-"""The rules of `isthmus lint`: each on a graph that it objects to and on one that is in order, and the refused ones in TensorRT-RTX."""
+"""The rules of `isthmus lint` on ONNX graphs: each on one that it objects to and on one in order, and the refused ones in TensorRT-RTX.
+
+The rules on ML Programs are tested in `coreml/test_rules.py`; what is true of every rule is tested here.
+"""
 
 import importlib.util
 import json
@@ -46,17 +49,19 @@ def manifest(**changes):
 
 class TestRegistry:
     def test_every_rule_has_a_fixture_and_every_fixture_a_rule(self):
-        assert set(FIXTURES) == set(RULES)
+        assert set(FIXTURES) == {rule.id for rule in rules_for(reads="onnx")}
 
     @pytest.mark.parametrize("name", list(RULES))
     def test_a_rule_says_what_it_is(self, name):
         rule, entry = RULES[name], RULES.entry(name)
-        assert re.fullmatch(r"TRT-\d{3}", name)
+        family = {"onnx": ("TRT", {"tensorrt", "tensorrt-rtx"}), "mil": ("ANE", {"coreml"})}[rule.reads]
+        assert re.fullmatch(rf"{family[0]}-\d{{3}}", name)
         assert (rule.id, rule.summary) == (name, entry.summary)
         assert rule.check.__module__ == entry.module
         assert rule.effect in EFFECTS
-        assert set(rule.targets) <= {"tensorrt", "tensorrt-rtx"}
+        assert set(rule.targets) <= family[1]
         assert rule.targets
+        assert (rule.verdict == "likely") == (rule.reads == "mil")
         for text in (rule.summary, rule.fix, rule.source):
             assert text == text.strip()
             assert text
@@ -234,6 +239,7 @@ class TestFindings:
         value = json.loads(json.dumps(ordered[0].value()))
         assert value == {
             "rule": "TRT-402", "severity": "error", "what": "a", "where": "a", "node": "", "fix": "", "count": 2, "modules": ["a", "c"],
+            "verdict": "",
         }  # fmt: skip
         assert Finding(**{**value, "modules": tuple(value["modules"])}) == ordered[0]
 
@@ -244,7 +250,8 @@ class TestFindings:
         assert [f.rule for f in lint(non_zero.open(tmp_path, target="tensorrt-rtx"))] == ["TRT-402"]
         assert [f.rule for f in lint(non_zero.open(tmp_path, target="tensorrt"), ["tensorrt-rtx"])] == ["TRT-402"]
         assert rules_for(["onnxruntime"]) == []
-        assert len(rules_for()) == len(RULES)
+        assert len(rules_for()) == len(rules_for(reads="onnx")) + len(rules_for(reads="mil")) == len(RULES)
+        assert rules_for(["coreml"], "onnx") == []
         assert {t for rule in rules_for() for t in rule.targets} <= set(TARGETS)
 
     def test_a_match_can_name_its_own_fix(self, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from isthmus.exporter.bundle import Manifest, WeightsInfo
 from isthmus.exporter.errors import UnsupportedError
 from isthmus.exporter.op import OPS
 from isthmus.exporter.passes import optimise
-from isthmus.exporter.ranges import Calibration
+from isthmus.exporter.ranges import CalibrationTable
 from isthmus.exporter.sampling import FILE
 from isthmus.exporter.spec import SizeRange
 from isthmus.exporter.target import TARGETS, Job
@@ -62,7 +62,7 @@ def job(target, precision, *, scan=False, **options):
     asked = Job(program, model, precision, chosen, sizes=RANGES, loop=SAMPLER.loop())
     if precision == "fp8":
         asked = dataclasses.replace(asked, options=chosen.model_copy(update={"fp8_include": ("*",)}))
-        asked = dataclasses.replace(asked, calibration=Calibration(dict.fromkeys(selection(asked).observed(), 4.0), "max", "random", 1))
+        asked = dataclasses.replace(asked, calibration=CalibrationTable.of_ranges(dict.fromkeys(selection(asked).observed(), 4.0)))
     return asked
 
 

@@ -27,13 +27,13 @@ def decompose(inputs: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[Te
         delta = delta + inputs["delta_bias"].float()
     if attributes["delta_softplus"]:
         delta = _softplus(delta)
-    sequences = [x.flip(1) if attributes["reverse"] else x for x in (u, delta, B, C)]
+    sequences = [_reversed(x) if attributes["reverse"] else x for x in (u, delta, B, C)]
     state = inputs.get("initial_state")
     if state is None:
         state = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32)
     y, last = scan_chunks(_chunk, sequences, state.float(), [A.float()], size=_CHUNK, width=u.shape[2])
     if attributes["reverse"]:
-        y = y.flip(1)
+        y = _reversed(y)
     if "D" in inputs or "z" in inputs:
         y = y.float()
     if "D" in inputs:
@@ -51,12 +51,28 @@ def _chunk(chunk: Sequence[Tensor], state: Tensor, constants: Sequence[Tensor]) 
     h = (delta * u).unsqueeze(-1) * B
     stride, tokens = 1, u.shape[1]
     while stride < tokens:
-        earlier = (0, 0, 0, 0, stride, 0)  # shifts tokens to the right
-        h = h + log_decay.exp() * F.pad(h[:, :-stride], earlier)
-        log_decay = log_decay + F.pad(log_decay[:, :-stride], earlier)
+        h = h + log_decay.exp() * _earlier(h, stride)
+        log_decay = log_decay + _earlier(log_decay, stride)
         stride *= 2
     h = h + log_decay.exp() * state.unsqueeze(1)
     return (h * C).sum(-1), h[:, -1]
+
+
+def _reversed(x: Tensor) -> Tensor:
+    """The tokens from last to first: `flip`, which takes coreai-core 1.0.0b3 on a CPU eight times as long."""
+    return x.index_select(1, torch.arange(x.shape[1], device=x.device) * -1 + (x.shape[1] - 1))
+
+
+def _earlier(x: Tensor, stride: int) -> Tensor:
+    """Every token's predecessor at a distance, and zeros for the first ones: (batch, tokens, channels, state).
+
+    A product with a matrix of zeros and ones is exact, and in coreai-core 1.0.0b3 on a CPU a hundred times as fast as padding.
+    """
+    batch, tokens = x.shape[:2]
+    at = torch.arange(tokens, device=x.device)
+    matrix = (at.unsqueeze(1) - stride == at).to(x.dtype)
+    # A sum and no `expand`, which coreai-torch 0.4.3 takes for a reshape where the batch is dynamic.
+    return torch.bmm(x.new_zeros(batch, 1, 1) + matrix, x.flatten(2)).reshape(x.shape)
 
 
 def _spread(x: Tensor, channels: int, state: int) -> Tensor:

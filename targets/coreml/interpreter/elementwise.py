@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .registry import OPERATIONS, Array, Operation, operation
+from .registry import OPERATIONS, Array, Operation, operation, tensor
 
 _BINARY: dict[str, Callable[..., Any]] = {
     "add": np.add,
@@ -130,7 +130,7 @@ def erf(x: Array) -> Array:
     """The error function; numpy has none."""
     import torch
 
-    return torch.erf(torch.from_numpy(np.array(x, np.float32))).numpy()
+    return torch.erf(tensor(x.astype(np.float32, copy=False))).numpy()
 
 
 OPERATIONS["sigmoid"] = _unary(sigmoid)
@@ -145,7 +145,7 @@ OPERATIONS["softsign"] = _unary(lambda x: x / (1 + np.abs(x)))
 @operation("gelu")
 def _gelu(x: Array, mode: str = "EXACT") -> Array:
     if mode == "TANH_APPROXIMATION":
-        return 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)))
+        return 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * (x * x * x))))
     if mode == "SIGMOID_APPROXIMATION":
         return x * sigmoid(np.float32(1.702) * x)
     return 0.5 * x * (1 + erf(x * np.float32(np.sqrt(0.5))))

@@ -31,6 +31,35 @@ def operation(*names: str) -> Callable[[Operation], Operation]:
     return decorate
 
 
+def tensor(values: Array) -> Any:
+    """The array as a `torch.Tensor`, without a copy where torch takes it as it is."""
+    import torch
+
+    values = np.ascontiguousarray(values)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+# numpy converts float16 number by number; torch does it some twenty times faster, which pays from this many elements on.
+_MANY = 4096
+
+
+def widened(value: Any) -> Any:
+    """float16 as float32; tuples element by element; everything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(widened(v) for v in value)
+    if not isinstance(value, np.ndarray) or value.dtype != np.float16:
+        return value
+    return tensor(value).float().numpy() if value.size >= _MANY else value.astype(np.float32)
+
+
+def rounded(value: Array, dtype: np.dtype[Any]) -> Array:
+    """The values in another dtype; to float16 to the nearest, ties to even, and infinite past its largest number."""
+    if value.dtype == np.float32 and dtype == np.float16 and value.size >= _MANY:
+        half: Array = tensor(value).half().numpy()
+        return half
+    return value.astype(dtype, copy=False)
+
+
 def integers(values: Any) -> list[int]:
     """The values of a shape, permutation, or list of axes, as Python's integers."""
     return [int(v) for v in np.asarray(values).reshape(-1)]

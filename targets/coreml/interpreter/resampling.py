@@ -81,3 +81,58 @@ def _grid(mode: str, size: int, target: int) -> Array:
         delta = max(1, size - 1) / target
         return 0.5 * delta + i * delta
     return (i + 0.5) * (size / target) - 0.5  # UNALIGN_CORNERS
+
+
+@operation("resample")
+def _resample(
+    x: Array,
+    coordinates: Array,
+    sampling_mode: str,
+    padding_mode: str,
+    padding_value: Array | float,
+    coordinates_mode: str,
+    align_corners: Array | bool,
+) -> Array:
+    """Batch by batch, at places (x, y) of the last axis of `coordinates` (batch, height, width, 2)."""
+    columns, rows = (
+        _folded(_unnormalized(coordinates[..., i], size, coordinates_mode, bool(align_corners)), size, padding_mode)
+        for i, size in ((0, x.shape[3]), (1, x.shape[2]))
+    )
+    if sampling_mode == "nearest":
+        return _at(x, np.round(rows), np.round(columns), padding_value)
+    top, left = np.floor(rows), np.floor(columns)
+    down, right = (rows - top)[:, None], (columns - left)[:, None]
+    upper = _at(x, top, left, padding_value) * (1 - right) + _at(x, top, left + 1, padding_value) * right
+    lower = _at(x, top + 1, left, padding_value) * (1 - right) + _at(x, top + 1, left + 1, padding_value) * right
+    return (upper * (1 - down) + lower * down).astype(np.float32)
+
+
+def _unnormalized(places: Array, size: int, mode: str, align_corners: bool) -> Array:
+    """Places counted in pixels, the middle of the first one being 0."""
+    places = places.astype(np.float64)
+    if mode == "unnormalized":
+        return places
+    share = (places + 1) / 2 if mode == "normalized_minus_one_to_one" else places
+    return share * (size - 1) if align_corners else share * size - 0.5
+
+
+def _folded(places: Array, size: int, mode: str) -> Array:
+    """Places brought into the image, where the mode does so."""
+    if mode == "border":
+        return np.clip(places, 0, size - 1)
+    if mode not in ("reflection", "symmetric"):
+        return places
+    # `reflection` turns at the middle of the last pixel, `symmetric` at its edge.
+    first, span = (0.0, size - 1.0) if mode == "reflection" else (-0.5, float(size))
+    if not span:
+        return np.zeros_like(places)
+    folded = np.abs(np.mod(places - first + span, 2 * span) - span)
+    return np.clip(folded + first, 0, size - 1)
+
+
+def _at(x: Array, rows: Array, columns: Array, outside: Array | float) -> Array:
+    """x[b, :, rows[b], columns[b]], and `outside` where that is none of the image's."""
+    inside = (rows >= 0) & (rows < x.shape[2]) & (columns >= 0) & (columns < x.shape[3])
+    rows, columns = (np.clip(p, 0, n - 1).astype(np.int64) for p, n in ((rows, x.shape[2]), (columns, x.shape[3])))
+    batch = np.arange(x.shape[0])[:, None, None]
+    return np.where(inside[:, None], np.moveaxis(x[batch, :, rows, columns], -1, 1), outside)

@@ -55,7 +55,7 @@ def converted(op, inputs, attributes, precision, *, passes=None, dynamic=(), dty
 
 
 def execute(op, model, names, inputs):
-    """The outputs by the operator's names, in float16 or float32 as the model declares them."""
+    """The outputs by the operator's names, in float16 or float32 as the PyTorch program has them."""
     interpreter = Interpreter(load(model))
     results = interpreter.run({key: inputs[name].astype(np.float32) for key, name in zip(interpreter.inputs, names, strict=True)})
     return dict(zip((a.name for a in op.outputs), results.values(), strict=True))

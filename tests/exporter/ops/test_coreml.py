@@ -111,8 +111,7 @@ def test_the_form_with_a_loop(name, case, precision, sweep):
         model, names = models.converted(op, inputs, attributes, precision, passes=models.SHORT)
     assert Counter(op.op_type for op in _operations(model))["while_loop"] == 1
     results = models.execute(op, model, names, inputs)
-    wide = {a.name: results[a.name].astype(np.float32) if a.wide else results[a.name] for a in op.outputs}
-    sweep.check(op, wide, reference, dtype, dtype)
+    sweep.check(op, {a.name: results[a.name].astype("float32" if a.wide else dtype) for a in op.outputs}, reference, dtype, dtype)
 
 
 def test_the_form_with_a_loop_is_the_smaller_one_for_a_stream():

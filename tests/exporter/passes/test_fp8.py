@@ -11,8 +11,9 @@ import onnxruntime
 import pytest
 
 from isthmus.exporter.errors import IsthmusError
+from isthmus.exporter.grids import RoundedWeight
 from isthmus.exporter.passes.fp8_layers import select
-from isthmus.exporter.passes.quantize_fp8 import E4M3_MAX, SMALLEST_SCALE, QuantizeFp8, scales
+from isthmus.exporter.passes.quantize_fp8 import E4M3_MAX, SMALLEST_SCALE, QuantizeFp8, scales, weight_scales
 from isthmus.exporter.passes.scope import MODULE
 
 RNG = np.random.Generator(np.random.PCG64(0))
@@ -169,6 +170,28 @@ def test_the_scales_of_a_weight_count_its_output_channels(text, shape, axis):
     assert node.attributes["axis"].as_int() == axis
     others = tuple(i for i in range(w.ndim) if i != axis)
     np.testing.assert_allclose(node.inputs[1].const_value.numpy(), np.abs(w).max(axis=others) / 448, rtol=2**-10)
+
+
+@pytest.mark.parametrize(("text", "axis"), [("y = Gemm<transB = 1> (x, w)", 0), ("y = Gemm (x, w)", 1)])
+def test_weights_that_were_rounded_otherwise_are_taken_as_they_are(text, axis):
+    w = normal(32, 16) if axis == 0 else normal(16, 32)
+    graph = f"f (float[5, 16] x) => (float[5, 32] y) {{ {text} }}"
+    original = model_of(graph, {"w": w})
+    half = model_of(graph.replace("float[", "float16["), {"w": w.astype(np.float16)})
+    codes = RNG.standard_normal((32, 16)).astype(ml_dtypes.float8_e4m3fn)
+    scale = weight_scales(w, axis, ir.DataType.FLOAT16)
+    QuantizeFp8(select(original, include=["*"]), {"x": 3.0}, original, weights={"w": RoundedWeight(codes, scale)})(half)
+    x = RNG.standard_normal((5, 16)).astype(np.float16)
+    (x_scale,) = {float(n.inputs[1].const_value.numpy()) for n in half.graph if n.op_type == "QuantizeLinear"}
+    expected = rounded(x, x_scale) @ (codes.astype(np.float64) * scale[:, None]).T
+    np.testing.assert_allclose(run(half, {"x": x})[0], expected, rtol=2**-9, atol=2e-3)
+    for wrong, message in (
+        (RoundedWeight(codes[:-1], scale), r"expected \(32, 16\)"),
+        (RoundedWeight(codes, scale * 2), "on other scales than its own"),
+    ):
+        again = model_of(graph.replace("float[", "float16["), {"w": w.astype(np.float16)})
+        with pytest.raises(IsthmusError, match=message):
+            QuantizeFp8(select(original, include=["*"]), {"x": 3.0}, original, weights={"w": wrong})(again)
 
 
 def test_attention():

@@ -87,6 +87,80 @@ def test_states_are_carried_from_call_to_call():
         np.testing.assert_array_equal(got, expected * 2)
 
 
+def test_states_begin_as_they_are_given():
+    with quiet("coremltools"):
+        exported = torch.export.export(Accumulator(), (torch.zeros(2, 3),), strict=False).run_decompositions({})
+        model = ct.convert(exported, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    interpreter = Interpreter(load(model))
+    (name,) = interpreter.states
+    states = {name: np.full((2, 3), 4.0, np.float16)}
+    (got,) = interpreter.run(dict.fromkeys(interpreter.inputs, np.ones((2, 3), np.float32)), states).values()
+    np.testing.assert_array_equal(got, 2 * (4.0 * 0.5 + 1.0))
+    np.testing.assert_array_equal(states[name], 4.0 * 0.5 + 1.0)
+
+
+# Shapes that vary, and several functions.
+
+
+class Rows(nn.Module):
+    """Depends on the number of its rows, and has weights that are kept in a file."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.register_buffer("weight", factor * torch.eye(40))
+
+    def forward(self, x):
+        return (x @ self.weight) / x.shape[0] + x.mean(0, keepdim=True)
+
+
+def _rows(factor=1.0, **options):
+    varying = {"dynamic_shapes": ({0: torch.export.Dim("rows", min=2, max=9)},)} if options else {}
+    with quiet("coremltools"):
+        exported = torch.export.export(Rows(factor), (torch.zeros(4, 40),), strict=False, **varying).run_decompositions({})
+        return ct.convert(
+            exported,
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+            compute_precision=ct.precision.FLOAT32,
+            **options,
+        )
+
+
+SHAPES = {
+    "enumerated": ([ct.TensorType(shape=ct.EnumeratedShapes([[4, 40], [6, 40]]))], "one of"),
+    "range": ([ct.TensorType(shape=(ct.RangeDim(4, 6, default=4), 40))], "4 to 6"),
+}
+
+
+@pytest.mark.parametrize("how", SHAPES)
+def test_shapes_that_vary(how):
+    inputs, said = SHAPES[how]
+    interpreter = Interpreter(load(_rows(inputs=inputs)))
+    for count in (4, 6):
+        x = normal(count, 40)
+        (got,) = interpreter.run(dict.fromkeys(interpreter.inputs, x)).values()
+        np.testing.assert_allclose(got, Rows(1.0)(torch.from_numpy(x)).numpy(), atol=1e-6)
+    with pytest.raises(UsageError) as caught:
+        interpreter.run(dict.fromkeys(interpreter.inputs, normal(9, 40)))
+    assert [said in reason.what for reason in caught.value.reasons] == [True]
+
+
+def test_functions_of_one_package(tmp_path):
+    with quiet("coremltools"):
+        description = ct.utils.MultiFunctionDescriptor()
+        for name, factor in (("once", 1.0), ("twice", 2.0)):
+            _rows(factor).save(str(tmp_path / f"{name}.mlpackage"))
+            description.add_function(str(tmp_path / f"{name}.mlpackage"), src_function_name="main", target_function_name=name)
+        description.default_function_name = "twice"
+        ct.utils.save_multifunction(description, str(tmp_path / "both.mlpackage"))
+        program = load(tmp_path / "both.mlpackage")
+    x = normal(4, 40)
+    for function, factor in ((None, 2.0), ("once", 1.0), ("twice", 2.0)):
+        interpreter = Interpreter(program, function)
+        (got,) = interpreter.run(dict.fromkeys(interpreter.inputs, x)).values()
+        np.testing.assert_allclose(got, Rows(factor)(torch.from_numpy(x)).numpy(), atol=1e-6)
+
+
 # Whole models, through a file.
 
 
@@ -190,6 +264,29 @@ def test_an_operation_that_fails_is_named(program):
     built, inputs = program(lambda x, i: mb.gather(x=x, indices=i, axis=1), X, np.array([99], np.int32))
     with pytest.raises(IsthmusError, match=r"gather .* failed"):
         Interpreter(built).run(inputs)
+
+
+@pytest.mark.parametrize(
+    ("missing", "what"),
+    [
+        ("Data/com.apple.CoreML/weights/weight.bin", "a weight file is missing or damaged"),
+        ("Data/com.apple.CoreML/model.mlmodel", "its manifest or specification is missing or damaged"),
+        ("Manifest.json", "it has no Manifest.json"),
+    ],
+)
+def test_a_package_that_lacks_a_file(missing, what, tmp_path):
+    path = tmp_path / "model.mlpackage"
+    with quiet("coremltools"):
+        _rows().save(str(path))
+        (path / missing).unlink()
+        with pytest.raises(IsthmusError, match=what) as caught:
+            load(path)
+    assert caught.value.hint
+
+
+def test_a_package_that_is_not_there(tmp_path):
+    with pytest.raises(IsthmusError, match="it is not there"):
+        load(tmp_path / "model.mlpackage")
 
 
 def test_a_model_that_is_no_program():

@@ -1,5 +1,7 @@
 """Every operation of the interpreter against torch, and compressed weights against the examples of MIL's documentation."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,12 @@ PLACES = np.array([2, 0, -1], np.int32)
 ALONG = rng(4).integers(0, 4, (2, 3, 5), dtype=np.int32)
 SQUARE = normal(2, 5, 5)
 POOL = {"kernel_sizes": [3, 2], "strides": [2, 2]}
+
+PADDING = {  # what torch's reflection is called where the corners are the edges of pixels
+    **{(padding, corners): name for padding, name in (("zeros", "constant"), ("border", "border")) for corners in (False, True)},
+    ("reflection", True): "reflection",
+    ("reflection", False): "symmetric",
+}
 
 # name of the operation: how it is built, what it is in torch, on which inputs.
 CASES = {
@@ -382,6 +390,53 @@ CASES = {
         lambda x: mb.resize_bilinear(x=x, target_size_height=10, target_size_width=5, sampling_mode="STRICT_ALIGN_CORNERS"),
         lambda x: F.interpolate(x, (10, 5), mode="bilinear", align_corners=True),
         IMAGE,
+    ),
+    **{
+        f"resample, {sampling}, {padding}, {corners}": (
+            lambda x, grid, sampling=sampling, padding=padding, corners=corners: mb.resample(
+                x=x,
+                coordinates=grid,
+                sampling_mode=sampling,
+                padding_mode=PADDING[padding, corners],
+                padding_value=0.0,
+                coordinates_mode="normalized_minus_one_to_one",
+                align_corners=corners,
+            ),
+            partial(F.grid_sample, mode=sampling, padding_mode=padding, align_corners=corners),
+            IMAGE,
+            normal(2, 5, 4, 2, seed=10),
+        )
+        for sampling in ("bilinear", "nearest")
+        for padding in ("zeros", "border", "reflection")
+        for corners in (False, True)
+    },
+    "resample, in pixels": (
+        lambda x, grid: mb.resample(
+            x=x,
+            coordinates=grid,
+            sampling_mode="bilinear",
+            padding_mode="border",
+            padding_value=0.0,
+            coordinates_mode="unnormalized",
+            align_corners=True,
+        ),
+        lambda x, grid: F.grid_sample(x, grid / torch.tensor([4.0, 3.0]) - 1, padding_mode="border", align_corners=True),
+        IMAGE,
+        3 * normal(2, 5, 4, 2, seed=10),
+    ),
+    "resample, from 0 to 1": (
+        lambda x, grid: mb.resample(
+            x=x,
+            coordinates=grid,
+            sampling_mode="bilinear",
+            padding_mode="constant",
+            padding_value=0.5,
+            coordinates_mode="normalized_zero_to_one",
+            align_corners=True,
+        ),
+        lambda x, grid: F.grid_sample(x - 0.5, 2 * grid - 1, align_corners=True) + 0.5,
+        IMAGE,
+        normal(2, 5, 4, 2, seed=10),
     ),
     # quantised activations
     "quantize": (

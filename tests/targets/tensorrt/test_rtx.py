@@ -10,7 +10,7 @@ from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.errors import IntegrityError, IsthmusError, MachineError, UnsupportedError
 from isthmus.exporter.ops.plugin import build as plugin_build
 from isthmus.exporter.ops.plugin import headers
-from isthmus.exporter.ranges import Calibration
+from isthmus.exporter.ranges import CalibrationTable
 from isthmus.exporter.target import TARGETS
 from isthmus.targets.tensorrt import library, plugins, process
 from isthmus.targets.tensorrt.base import expected_fp8
@@ -44,7 +44,7 @@ def fp8(job):
     def calibrated(target, **options):
         asked = job(target, precision="fp8", options={"fp8_include": ("*",), **options})
         ranges = dict.fromkeys(selection(asked).observed(), 4.0)
-        return dataclasses.replace(asked, calibration=Calibration(ranges, "max", "random", 1))
+        return dataclasses.replace(asked, calibration=CalibrationTable.of_ranges(ranges))
 
     return calibrated
 

@@ -1,0 +1,63 @@
+"""The modules' errors against the timestep, along the calls that a sampler makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..exporter.flow import Values
+from ..exporter.spec import Arrays, Sampler
+from .diff import MEMORY, Reference, diff
+
+
+def sampled_calls(sampler: Sampler, run: Callable[[Arrays], Arrays], *, seed: int, count: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """The inputs of some of the calls that a sampler makes with the reference, evenly spaced from the first to the last.
+
+    Args:
+        sampler: How pictures are drawn.
+        run: One call of the PyTorch model.
+        seed: The sampler's seed.
+        count: How many calls; all of them when there are no more.
+    """
+    seen: list[dict[str, np.ndarray[Any, Any]]] = []
+
+    def recording(inputs: Arrays) -> Arrays:
+        seen.append({name: np.array(array, copy=True) for name, array in inputs.items()})
+        return run(inputs)
+
+    sampler(recording, np.random.Generator(np.random.PCG64(seed)))
+    chosen = np.unique(np.linspace(0, len(seen) - 1, min(count, len(seen))).round().astype(int))
+    return [seen[i] for i in chosen]
+
+
+def against_timestep(
+    reference: Reference, values: Values, calls: Sequence[Arrays], timestep: str, *, threshold: float, memory: int = MEMORY
+) -> list[dict[str, Any]]:
+    """The errors of every module at every call of a trajectory, as JSON values.
+
+    Args:
+        reference: The PyTorch module.
+        values: The program.
+        calls: The inputs of each call; see `sampled_calls`.
+        timestep: The name of the input that holds the timestep of each row.
+        threshold: See `diff`.
+        memory: See `diff`.
+
+    Returns:
+        A row for each call and visible module, in order: `timestep` (the mean of the call's rows), `module`, and the relative errors
+        `total`, `inherited` and `injected`, which are None where they are not known or not finite.
+
+    Raises:
+        IsthmusError: See `diff`.
+    """
+    rows: list[dict[str, Any]] = []
+    for inputs in calls:
+        time = float(np.mean(inputs[timestep], dtype=np.float64))
+        for row in diff(reference, values, inputs, threshold=threshold, memory=memory):
+            if row.visible:
+                errors = {name: getattr(row, name) for name in ("total", "inherited", "injected")}
+                known = {k: f.relative_l2 if f is not None and np.isfinite(f.relative_l2) else None for k, f in errors.items()}
+                rows.append({"timestep": time, "module": row.module, **known})
+    return rows

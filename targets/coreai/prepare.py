@@ -1,0 +1,45 @@
+"""Takes a traced program to the operators that coreai-torch converts rightly."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ...exporter.ops.coreai_table import decompositions
+from ...exporter.quiet import quiet
+from .lowerings import table
+
+
+def prepare(program: ExportedProgram) -> ExportedProgram:
+    """A copy of a program in ATen operators, loops, and operators of ours, which stay whole.
+
+    Args:
+        program: As torch.export gave it.
+
+    Returns:
+        A new program; weights are shared with the given one.
+    """
+    return _decomposed(program, table())
+
+
+def expand(program: ExportedProgram) -> ExportedProgram:
+    """The same with our operators written as loops over chunks; see `exporter.ops.coreai_table`."""
+    ours = decompositions()
+    if not any(node.target in ours for node in program.graph.nodes):
+        return program
+    again = {
+        operator: function for operator, function in table().items() if operator != torch.ops.aten.scaled_dot_product_attention.default
+    }
+    return _decomposed(program, {**again, **ours})  # attention has been guarded, and would be once more
+
+
+def _decomposed(program: ExportedProgram, decompositions: dict[Any, Any]) -> ExportedProgram:
+    with warnings.catch_warnings(), quiet("torch.export", "torch.fx"):
+        # Copying a program with a loop touches a class of torch.utils._pytree that torch 2.13 itself deprecates.
+        warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
+        result: ExportedProgram = program.run_decompositions(copy.copy(decompositions))
+    return result

@@ -1,0 +1,317 @@
+"""Writes the packages of a model: sizes, states, layout, conversion, compression, chunks, and what the report says of them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...exporter.errors import IsthmusError, Reason
+from ...exporter.passes.half_precision import overflowing
+from ...exporter.quiet import quiet
+from ...exporter.target import Job, Lowered
+from . import tables
+from .convert import Converted, converted, decomposed, identifiers, user_inputs
+from .interpreter import Interpreter, Observed, load, observe
+from .interpreter.program import operations_in
+from .modules import KEY, read_modules
+from .options import CoreMLOptions
+from .package import save, size
+from .session import Interface
+from .states import State
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+MODEL = "model.mlpackage"
+UNCOMPRESSED = ("fp16", "fp32")
+MAIN = "main"
+"""The function of a package that has one."""
+
+
+def unsupported(job: Job[CoreMLOptions]) -> list[Reason]:
+    """Every reason why a model cannot become a package with these options."""
+    from . import compression, functions, layout, sizes, states, support
+
+    options, target = job.options, job.options.minimum_deployment_target
+    program = decomposed(job.program)
+    reasons = sizes.unsupported(program, options.shapes, target)
+    one = decomposed(sizes.fixed(job.program, sizes.chosen(job.program)[0])) if options.shapes == "functions" and not reasons else program
+    reasons += support.unsupported(one, target)
+    reasons += states.unsupported(program, job.input_names, job.output_names, options.states, target)
+    reasons += _at_odds(options, job.precision)
+    if changed := sorted(program.graph_signature.buffers_to_mutate.values()):
+        what = "is a buffer that every call changes, so that no call can be measured by itself"
+        reasons += [Reason(what, where=name, fix="make it an input and an output, and name it with --states") for name in changed]
+    if options.shapes == "functions":
+        reasons += functions.unsupported(target)
+    if options.layout == "ane" or options.attention != "original":
+        reasons += layout.unsupported(one)
+    if job.precision not in UNCOMPRESSED:
+        reasons += compression.unsupported(job.precision, target)
+    return list(dict.fromkeys(reasons))
+
+
+def lower(job: Job[CoreMLOptions], folder: Path) -> Lowered:
+    """Writes `model.mlpackage`; with `--chunk-size` `model_1.mlpackage`, `model_2.mlpackage` and so on, where the model is larger than one.
+
+    Raises:
+        IsthmusError: The conversion fails.
+        UnsupportedError: The model cannot be cut into chunks of that size.
+        UsageError: A pattern of `--keep` fits no weight.
+    """
+    from . import functions, sizes
+
+    options = job.options
+    program, kept = _with_states(job)
+    names = [name for name in job.input_names if name not in options.states]
+    outputs = job.output_names[: len(job.output_names) - len(options.states)]
+    made: dict[str, _Made] = {}
+    shapes: dict[str, dict[str, list[int]]] = {}
+    if options.shapes == "functions":
+        for at in sizes.chosen(job.program):
+            of = [shape for (shape,) in sizes.shapes(job.program, [at])]
+            name = _function_name(names, of, user_inputs(job.program)) if made else MAIN
+            made[name] = _make(job, decomposed(sizes.fixed(job.program, at)), names, outputs)
+            shapes[name] = {key: list(shape) or [1] for key, shape in zip(identifiers(names), of, strict=True)}
+    else:
+        made[MAIN] = _make(job, program, names, outputs)
+    facts = {
+        "isthmus.precision": job.precision,
+        "isthmus.compute_units": options.compute_units,
+        KEY: made[MAIN].converted.modules,
+    }
+    description = f"Exported from PyTorch with isthmus, {job.precision}"
+    paths = [folder / MODEL]
+    if shapes:
+        functions.save({name: m.converted.model for name, m in made.items()}, paths[0], default=MAIN, description=description, facts=facts)
+    else:
+        paths = _save(made[MAIN].converted.model, folder, options.chunk_size * 2**20, description, facts)
+    compressed = made[MAIN].compressed
+    wide, plain = made[MAIN].wide, made[MAIN].plain
+    del made
+    written = _Written.read(paths)
+    ranges = _observed(written, job, kept)
+    share = written.share(ranges)
+    return Lowered(
+        device=f"Core ML, {options.minimum_deployment_target} and later",
+        notes=tuple(_notes(job, kept, wide, plain, written)),
+        details={
+            **written.figures,
+            **({"packages": [path.name for path in paths]} if len(paths) > 1 else {}),
+            **({"functions": shapes} if shapes else {}),
+            **_state_details(kept),
+            **({"compression": compressed} if compressed else {}),
+            "engine": share.value(),
+        },
+        tables=(
+            *tables.engine(share),
+            *tables.compression(compressed),
+            *tables.head_room(ranges, written.modules, job.precision),
+        ),
+    )
+
+
+def _at_odds(options: CoreMLOptions, precision: str) -> list[Reason]:
+    """Options that contradict each other."""
+    reasons = []
+    if options.states and precision == "fp32":
+        reasons.append(Reason("Core ML keeps states in float16, got fp32", where="--states", fix="--precision fp16, or leave them inputs"))
+    if options.states and precision == "w8a8":
+        what = "activations are calibrated on single calls, whose states are zero"
+        reasons.append(Reason(what, where="--states", fix="--precision int8"))
+    if options.shapes == "functions" and precision == "w8a8":
+        what = "activations are calibrated at the example's sizes, and every function has others"
+        reasons.append(Reason(what, where="--shapes functions", fix="--precision int8, or --shapes enumerated"))
+    if options.chunk_size and options.shapes != "fixed":
+        what = f"a model is cut at fixed sizes, got --shapes {options.shapes}"
+        reasons.append(Reason(what, where="--chunk-size", fix="--shapes fixed, or leave one of them out"))
+    return reasons
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A program as Core ML has it, with what was done to get there."""
+
+    converted: Converted
+    compressed: list[dict[str, object]] = field(default_factory=list)
+    wide: tuple[str, ...] = ()
+    plain: tuple[Reason, ...] = ()
+    """What `--layout ane` left as it was."""
+
+
+def _with_states(job: Job[CoreMLOptions]) -> tuple[ExportedProgram, list[State]]:
+    from . import states
+
+    program = decomposed(job.program)
+    if not job.options.states:
+        return program, []
+    return states.with_states(program, job.input_names, job.output_names, job.options.states)
+
+
+def _make(job: Job[CoreMLOptions], program: ExportedProgram, names: Sequence[str], outputs: Sequence[str]) -> _Made:
+    from . import compression, layout, sizes
+
+    options = job.options
+    listed = sizes.shapes(program, sizes.chosen(program)) if options.shapes == "enumerated" else []
+    plain: tuple[Reason, ...] = ()
+    if options.layout == "ane":
+        program = layout.to_ane(program)
+        plain = tuple(layout.left(program, split=options.attention == "split-einsum"))
+    if options.attention == "split-einsum":
+        program = layout.split_einsum(program)
+    compute = "fp32" if job.precision == "fp32" else "fp16-wide-scans" if options.scan_precision == "fp32" else "fp16"
+    wide = tuple(overflowing(job.peaks)) if compute != "fp32" else ()
+    found = converted(
+        program,
+        compute,
+        deployment_target=options.minimum_deployment_target,
+        input_names=names,
+        output_names=outputs,
+        shapes=listed,
+        wide=wide,
+    )
+    if job.precision in UNCOMPRESSED:
+        return _Made(found, wide=wide, plain=plain)
+    interface = Interface(inputs=dict(zip(names, identifiers(names), strict=True)), outputs={})
+    samples = [interface.given(sample)[0] for sample in job.samples]
+    model, done = compression.compress(found.model, job.precision, samples=samples, keep=options.keep)
+    return _Made(Converted(model, found.modules), done, wide, plain)
+
+
+def _save(model: Any, folder: Path, limit: int, description: str, facts: Mapping[str, str]) -> list[Path]:
+    """Writes one package, or the chunks of a model whose weights are past the limit."""
+    from . import chunks
+
+    parts = [chunk.model for chunk in chunks.cut(model, limit)] if limit else [model]
+    stem = Path(MODEL).stem
+    paths = [folder / MODEL] if len(parts) == 1 else [folder / f"{stem}_{i}.mlpackage" for i in range(1, len(parts) + 1)]
+    for i, (part, path) in enumerate(zip(parts, paths, strict=True), start=1):
+        which = f"{description}, part {i} of {len(parts)}" if len(parts) > 1 else description
+        save(part, path, description=which, facts=facts)
+    return paths
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The packages as they are on the disk."""
+
+    paths: Sequence[Path]
+    programs: Sequence[Any]
+    modules: Mapping[str, str]
+
+    @staticmethod
+    def read(paths: Sequence[Path]) -> _Written:
+        with quiet("coremltools"):
+            import coremltools as ct
+
+            metadata = ct.models.utils.load_spec(str(paths[0])).description.metadata.userDefined
+            return _Written(paths, [load(path) for path in paths], read_modules(metadata))
+
+    @property
+    def figures(self) -> dict[str, object]:
+        """For the manifest."""
+        counts = collections.Counter(op.op_type for program in self.programs for op in operations(program) if op.op_type != "const")
+        return {
+            "operations": counts.total(),
+            "float32_operations": self.float32_operations,
+            "operators": dict(sorted(counts.items())),
+            "weight_bytes": sum(self._weights(path) for path in self.paths),
+            "file_bytes": sum(size(path) for path in self.paths),
+        }
+
+    @property
+    def float32_operations(self) -> int:
+        """How many operations compute in float32."""
+        return sum(_is_wide(op) for program in self.programs for op in operations(program))
+
+    @staticmethod
+    def _weights(path: Path) -> int:
+        return sum(file.stat().st_size for file in path.rglob("weight*.bin"))
+
+    def share(self, ranges: Mapping[str, Observed]) -> Any:
+        """What part of the program is likely on the Neural Engine; see `rules.engine`."""
+        from .rules.engine import engine_share
+        from .rules.program import Package, ProgramSubject
+
+        packages = [
+            Package(program, {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*.bin")}, self.modules)
+            for program, path in zip(self.programs, self.paths, strict=True)
+        ]
+        return engine_share(ProgramSubject(tuple(packages), target="coreml", peaks={name: seen.peak for name, seen in ranges.items()}))
+
+
+def _is_wide(operation: Any) -> bool:
+    """Whether an operation computes in float32; casts and weights compute nothing."""
+    from coremltools.converters.mil.mil import types
+
+    if operation.op_type == "cast" or operation.op_type.startswith("const"):
+        return False
+    return any(variable.dtype == types.fp32 for variable in operation.outputs)
+
+
+def operations(program: Any) -> Iterator[Any]:
+    """Every operation of every function of a program."""
+    for function in program.functions.values():
+        yield from operations_in(function)
+
+
+def _observed(written: _Written, job: Job[CoreMLOptions], kept: Sequence[State]) -> dict[str, Observed]:
+    """The ranges of the values at the example, from states of zero; empty for what the interpreter cannot run, which its stage says."""
+    if job.program.example_inputs is None:
+        return {}
+    example = [value.detach().cpu().numpy() for value in job.program.example_inputs[0]]
+    interface = Interface(inputs=dict(zip(job.input_names, identifiers(job.input_names), strict=True)), outputs={})
+    values, _ = interface.given(dict(zip(job.input_names, example, strict=True)))
+    for state in kept:
+        del values[state.name]
+    found: dict[str, Observed] = {}
+    try:
+        for program in written.programs:
+            interpreter = Interpreter(program)
+            read = {name: values[name] for name in interpreter.inputs}
+            found |= observe(program, [read])
+            if program is not written.programs[-1]:
+                values |= interpreter.run(read)
+    except IsthmusError:
+        return {}
+    return found
+
+
+def _function_name(names: Sequence[str], shapes: Sequence[tuple[int, ...]], values: Sequence[tuple[str, Any]]) -> str:
+    """A name for a function of fixed sizes: the shapes of the inputs that vary."""
+    varying = [
+        f"{name}_{'x'.join(map(str, shape))}"
+        for name, shape, (_, value) in zip(identifiers(names), shapes, values, strict=True)
+        if not all(isinstance(size, int) for size in value.shape)
+    ]
+    return "_".join(varying)
+
+
+def _state_details(kept: Sequence[State]) -> dict[str, object]:
+    if not kept:
+        return {}
+    return {
+        "states": [{"name": state.name, "dtype": "float16", "shape": list(state.shape)} for state in kept],
+        "state_outputs": {state.name: state.output for state in kept},
+    }
+
+
+def _notes(
+    job: Job[CoreMLOptions], kept: Sequence[State], wide: Sequence[str], plain: Sequence[Reason], written: _Written
+) -> Iterator[str]:
+    if wide:
+        some = ", ".join(path or "the model itself" for path in wide[:4])
+        yield f"{len(wide)} modules leave float16's range and compute in float32: {some}."
+    if plain:
+        yield f"{len(plain)} operations have no form in the layout of the Neural Engine: {'; '.join(map(str, plain[:4]))}."
+    if kept:
+        yield f"States that Core ML keeps in float16, zero at first: {', '.join(state.name for state in kept)}."
+    if job.precision != "fp32" and (count := written.float32_operations):
+        yield f"{count} operations compute in float32, off the Neural Engine; sines and cosines and their angles always do."
+    if len(written.paths) > 1:
+        yield f"Cut into {len(written.paths)} packages, which run one after the other: {', '.join(p.name for p in written.paths)}."
+    if job.options.shapes == "functions":
+        yield "One function for each list of sizes; an application chooses one by its name when it loads the package."

@@ -1,0 +1,105 @@
+"""The command that makes a bundle again: it resolves to the same export, and hostile names stay words."""
+
+import importlib.util
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from isthmus.calibration.command import command_of
+from isthmus.calibration.metrics import DEFAULT_TOLERANCES
+from isthmus.exporter.bundle import WeightsInfo
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+samples = _load("report_samples")
+
+PLAIN = {
+    "model": "dit-tiny", "target": "onnxruntime", "precision": "fp32", "opset": 23, "sizes": {}, "options": {"seed": 0},
+    "tolerance": {"max_relative": DEFAULT_TOLERANCES["fp32"].max_relative},
+}  # fmt: skip
+
+
+def words(**changes):
+    return list(command_of(samples.manifest(**{**PLAIN, **changes})).words[2:])
+
+
+def test_defaults_are_left_out():
+    assert words() == ["dit-tiny", "--target", "onnxruntime", "--precision", "fp32", "--opset", "23"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "added"),
+    [
+        ({"options": {"seed": 7}}, ["--seed", "7"]),
+        ({"options": {"batch_size": 3}}, ["--batch-size", "3"]),
+        ({"options": {"sampler": "loop"}}, ["--sampler", "loop"]),
+        ({"options": {"weight_rounding": "gptq", "smooth": 0.5}}, ["--weight-rounding", "gptq", "--smooth", "0.5"]),
+        ({"options": {"settings": {"depth": 3}}}, ["--set", "depth=3"]),
+        ({"tolerance": {"atol": 1e-5, "rtol": 0.0}}, ["--atol", "1e-05", "--rtol", "0.0"]),
+        ({"tolerance": {"max_relative": 1e-5, "min_psnr": 44.0}}, ["--min-psnr", "44.0"]),
+        ({"options": {"dynamic": {"x:0": "batch", "t:0": "batch"}}, "sizes": {"batch": (1, 3, 5)}}, ["--dynamic", "x:0=1,3,5"]),
+        ({"details": {"calibration": {"source": "trajectories", "size": 32, "method": "max"}}}, []),
+        ({"details": {"calibration": {"source": "random", "size": 4, "method": "mse"}}},
+         ["--calibration-method", "mse", "--calibration-data", "random", "--calibration-size", "4"]),
+    ],
+    ids=lambda value: next(iter(value), None) and str(next(iter(value))) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_is_not_a_default_is_given(changes, added):
+    assert words(**changes)[7:] == added
+
+
+def test_what_a_bundle_does_not_hold_is_said():
+    file = command_of(samples.manifest(**PLAIN, weights=WeightsInfo(origin="file", path="my weights.safetensors", sha256="ab" * 32)))
+    assert file.text.endswith("--weights 'my weights.safetensors'")
+    assert "ab" * 32 in file.missing[0]
+    mine = command_of(samples.manifest(**{**PLAIN, "model": "make_unet"}))
+    assert mine.words[2] == "MODULE:make_unet"
+    assert len(mine.missing) == 1
+    data = command_of(samples.manifest(**PLAIN, details={"calibration": {"source": "photos", "size": 8, "sha256": "cd" * 32}}))
+    assert "cd" * 32 in data.missing[0]
+    assert command_of(samples.manifest(**PLAIN)).missing == ()
+
+
+def test_words_are_quoted_for_a_shell():
+    hostile = "x; rm -rf ~ $(id) `id` 'q' \"d\"\n"
+    command = command_of(samples.manifest(**{**PLAIN, "model": hostile, "options": {"settings": {"name": hostile}}}))
+    assert tuple(shlex.split(command.text)) == command.words
+    assert f"MODULE:{hostile}" in command.words
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--target", "onnxruntime", "--set", "depth=1", "--dynamic", "x:0=1,2,9", "--seed", 5, "--atol", 0.01, "--min-psnr", 41),
+        ("--target", "tensorrt", "--precision", "fp16", "--opset", 23, "--batch-size", 3, "--workspace", 64, "--set", "patch_size=4"),
+    ],
+    ids=["onnxruntime", "tensorrt"],
+)
+def test_the_command_resolves_to_the_same_export(run, arguments, monkeypatch):
+    """Through the command line and a dry run, with and without the detour over the manifest."""
+    from isthmus import pipeline
+
+    found = []
+    export = pipeline.export
+
+    def seen(*args, **keywords):
+        found.append(export(*args, **keywords))
+        return found[-1]
+
+    monkeypatch.setattr(pipeline, "export", seen)
+    assert run("export", "dit-tiny", *arguments, "--dry-run").exit_code == 0
+    words = command_of(found[0].manifest).words
+    assert words[0] == "isthmus"
+    result = run(*words[1:], "--dry-run", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["model"] == "dit-tiny"
+    first, second = (json.loads(each.manifest.model_dump_json(exclude={"stages"})) for each in found)
+    assert first == second

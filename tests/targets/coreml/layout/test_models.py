@@ -1,0 +1,78 @@
+"""Every small model of the registry, laid out: the same numbers as in its plain form."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+from isthmus.exporter.quiet import quiet
+from isthmus.exporter.spec import MODELS
+from isthmus.targets.coreml.convert import decomposed
+from isthmus.targets.coreml.layout import left, split_einsum, to_ane, unsupported
+from isthmus.targets.coreml.layout.graph import operator_of
+
+SMALL = [name for name in MODELS if name.endswith(("-tiny", "-digits"))]
+
+TRANSPOSES = {
+    # One for the keys of each attention, one behind the last layer (unpatchify), and one or two before the first.
+    "dit-tiny": (10, 4),
+    "dit-digits": (34, 10),
+    # The linear attention of ours has its own layout, with heads; so has what the captions come in.
+    "sana-tiny": (11, 5),
+    "sana-digits": (21, 9),
+    # The scans of ours take (B, L, D): five transposes each, of two for each block, and the folds between the resolutions.
+    "diffussm-tiny": (28, 24),
+    "diffussm-digits": (55, 47),
+}
+"""Transposes that are left with `--layout ane`, and when attention is split as well. New models need no entry."""
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_model_is_the_same_laid_out(name: str) -> None:
+    spec = MODELS[name].spec()
+    torch.manual_seed(0)
+    module = spec.build()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.1)  # some begin as zeros, and all that is behind them
+    inputs = [tuple(spec.inputs(np.random.Generator(np.random.PCG64(seed)), spec.sizes).values()) for seed in (0, 1)]
+    with quiet("torch.export"):
+        program = decomposed(torch.export.export(module, inputs[0], strict=False))
+    assert not unsupported(program)
+
+    expected = _results(program, inputs)
+    laid_out = to_ane(program)
+    split = split_einsum(laid_out)
+    for result in (laid_out, split) if name.endswith("-tiny") else (split,):  # the second is made of the first
+        for a, b in zip(_results(result, inputs), expected, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert b.abs().max() > 0.0
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+    assert left(split, split=True) == [], "every linear layer, norm, look-up, sum and attention has its form in the layout"
+    plain, calls, parts = _counts(program), _counts(laid_out), _counts(split)
+    assert calls["conv2d"] == plain["conv2d"] + plain["linear"] + plain["embedding"]
+    assert not set(parts) & {"linear", "embedding", "layer_norm", "rms_norm", "cumsum", "scaled_dot_product_attention", "index"}
+    moved = _transposes(calls), _transposes(parts)
+    layers = plain["linear"] + plain["embedding"] + plain["layer_norm"] + plain["rms_norm"]
+    assert moved[1] <= moved[0] <= (_transposes(plain) + 2 * layers) / 2, "layers keep the layout of those before them"
+    assert moved == TRANSPOSES.get(name, moved)
+
+
+def _results(program: ExportedProgram, inputs: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    module = program.module()
+    with torch.no_grad():
+        results = [module(*given) for given in inputs]
+    return [tensor for result in results for tensor in (result if isinstance(result, tuple | list) else [result])]
+
+
+def _counts(program: ExportedProgram) -> Counter[str]:
+    return Counter(operator_of(node) for node in program.graph.nodes if node.op == "call_function")
+
+
+def _transposes(counts: Counter[str]) -> int:
+    return counts["permute"] + counts["transpose"]
