@@ -13,7 +13,7 @@ PARITY_READY := $(PARITY_VENV)/.ready
 PARITY_REQUIREMENTS := tests/parity/requirements.txt
 
 # The folders are reached through src/isthmus/, where relative imports are what they will be in the wheel.
-SOURCES := $(wildcard $(addprefix src/isthmus/,__init__.py calibrating.py differences.py differences_text.py embedding.py findings.py finished.py parameters.py pipeline.py process.py results.py terminal.py cli.py exporter targets models calibration) tests benchmarks training)
+SOURCES := $(wildcard src/isthmus/*.py) $(addprefix src/isthmus/,exporter targets models calibration) tests benchmarks training
 
 .PHONY: help demo test check kernels parity bench clean
 
@@ -32,7 +32,8 @@ demo: $(READY)
 	@echo "The report, for a browser: $(CURDIR)/out/dit-digits/report.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q --numprocesses=$(TEST_PROCESSES) --dist=loadgroup --durations=20 $(PYTEST_ARGS)
+	# Each process has a core: threads that wait for another's would slow both.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=$(TEST_PROCESSES) --dist=loadgroup --durations=20 $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)

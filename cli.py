@@ -1,4 +1,4 @@
-"""The command line: `isthmus list | doctor | export | calibrate | build | verify | lint | inspect | report | embed | diff | bisect`.
+"""The command line: `isthmus list | doctor | export | calibrate | tune | build | verify | lint | inspect | report | embed | diff | bisect`.
 
 Everything that can be wrong with a call is checked here, before torch, onnx or a vendor SDK is imported, and all of it is reported at
 once. Results go to stdout, progress and errors to stderr; with `--format json` stdout gets one JSON object and nothing else.
@@ -18,23 +18,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from isthmus import __version__
-from isthmus.comparison_text import print_comparison
-from isthmus.differences_text import print_bisect, print_diff
-from isthmus.exporter.errors import AccuracyError, IsthmusError, UsageError
+from isthmus.bundle_commands import COMMANDS
+from isthmus.exporter.errors import AccuracyError, IsthmusError
 from isthmus.parameters import CONFIG_SETTINGS, PROBLEMS, ExportCommand, Number, Option, common, format_option, quiet, read_config
 from isthmus.process import Commands
 from isthmus.terminal import (
     Progress,
-    print_built,
     print_calibrated,
-    print_embedded,
     print_export,
-    print_fields,
-    print_findings,
     print_json,
     print_operators,
     print_table,
-    print_verified,
+    print_tuned,
+    tell_trials,
 )
 
 if TYPE_CHECKING:
@@ -202,6 +198,8 @@ def _calibration_options(command: F) -> F:
 @click.option("--smooth", cls=Option, type=Number(float, 0.0, 1.0), metavar="ALPHA",
               help="Moves so much of outlier channels' range from quantised activations into weights (SmoothQuant); 0.5 is usual. "
               "[default: not at all]")  # fmt: skip
+@click.option("--recipe", cls=Option, metavar="FILE", type=click.Path(path_type=Path),
+              help="What `isthmus tune` wrote: the precision, the modules that compute in it, and how ranges are found.")  # fmt: skip
 @click.option("--sampler", cls=Option, type=click.Choice(["step", "loop"]),
               help="loop: one more graph, with the model's sampler as a loop of fixed steps in it. [default: step]")  # fmt: skip
 @click.option("--atol", cls=Option, type=_bound, help="Bound on |error| - rtol * |reference|, elementwise.")
@@ -216,10 +214,14 @@ def _calibration_options(command: F) -> F:
 @click.pass_context
 def export(ctx: click.Context, /, style: str, **given: Any) -> int:
     """Exports MODEL to a target, measures it against PyTorch, and writes a bundle."""
+    from isthmus.calibration.recipe import with_recipe
     from isthmus.exporter.call import checked
 
     problems: list[IsthmusError] = ctx.meta.get(PROBLEMS, [])
+    given = with_recipe(given, problems)
     arguments = checked(given, config_settings=ctx.meta.get(CONFIG_SETTINGS, {}), problems=problems)
+    if given["recipe"] is not None:
+        arguments["recipe"] = given["recipe"]
     quiet()
     from isthmus import pipeline
 
@@ -272,249 +274,58 @@ def calibrate(ctx: click.Context, /, style: str, **given: Any) -> None:
         print_calibrated(result)
 
 
-# build, verify, lint, inspect, report, embed, diff, bisect
-
-_bundle = click.argument("bundle", type=click.Path(path_type=Path))
+# tune
 
 
-def _opened(bundle: Path) -> Path:
-    """Refuses what is not a bundle, before torch is imported."""
-    from isthmus.exporter.bundle import read_manifest
-
-    read_manifest(bundle)
-    return bundle
-
-
-@main.command(short_help="Compile a bundle's engine on this machine.")
-@_bundle
-@click.option("--force", is_flag=True, help="Build again what is built.")
-@click.option("--trust", is_flag=True, help="Use an engine or a plugin library in the bundle that was not made here.")
+@main.command(
+    short_help="Find what can compute in FP8 or INT8.",
+    epilog="MODEL is a name of `isthmus list models`, or module:callable, which returns an nn.Module.",
+)
+@click.argument("model", required=False)
+@click.option("--precision", cls=Option, type=click.Choice(["fp8", "int8"]), help="The low precision.")
+@click.option("--min-sqnr", cls=Option, type=_bound, metavar="DB", help="The least SQNR of the output, against float32, in dB.")
+@click.option("--min-psnr", cls=Option, type=_bound, metavar="DB", help="The least PSNR of the pictures that the sampler draws, in dB.")
+@click.option("-o", "--output", cls=Option, type=click.Path(path_type=Path), metavar="FILE", help="The recipe, such as recipe.yaml.")
+@click.option("--target", cls=Option, metavar="NAME", help="Whose layers. [default: tensorrt for fp8, onnxruntime for int8]")
+@click.option("--opset", cls=Option, type=Number(int, 1, 1000), metavar="N", help="ONNX opset of the graph. [default: the target's]")
+@click.option("--batch-size", cls=Option, type=Number(int, 1, 2**20), metavar="N", help="Batch size of the example inputs.")
+@click.option("--set", "settings", cls=Option, multiple=True, metavar="KEY=VALUE", help="Changes a setting of the model; repeatable.")
+@click.option("--weights", cls=Option, metavar="PATH", type=click.Path(path_type=Path), help="A .safetensors file or a diffusers folder.")
+@click.option("--inputs", cls=Option, metavar="MODULE:CALLABLE", help="Returns the example inputs of a module:callable MODEL.")
+@click.option("--dynamic", cls=Option, multiple=True, metavar="NAME:AXIS=MIN,OPT,MAX", help="Makes an input's axis dynamic; repeatable.")
+@_calibration_options
+@click.option("--weight-rounding", cls=Option, type=click.Choice(["nearest", "gptq"]), help="[default: both are tried]")
+@click.option("--smooth", cls=Option, type=Number(float, 0.0, 1.0), metavar="ALPHA", help="As of `export`. [default: not at all]")
+@click.option("--held-out", cls=Option, type=Number(int, 1, 2**16), metavar="N",
+              help="Sets of inputs that are measured on. [default: 8; of those that are given, every fourth]")  # fmt: skip
+@click.option("--jobs", cls=Option, type=Number(int, 1, 1024), metavar="N", default=1, show_default=True, help="Processes that run trials.")
+@click.option("--executor", "executor_name", cls=Option, type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="Where trials run: on this machine, or on a Ray cluster.")  # fmt: skip
+@click.option("--address", cls=Option, metavar="ADDRESS", help="Of the Ray cluster, such as auto or ray://host:10001.")
+@click.option("--seed", cls=Option, type=Number(int, 0, 2**63 - 1), default=0, show_default=True, help="Seed of what is drawn.")
+@click.option("--force", cls=Option, is_flag=True, help="Replace a recipe that exists.")
 @format_option()
 @common
-def build(bundle: Path, force: bool, trust: bool, style: str) -> int:
-    """Compiles BUNDLE's engine on the machine that has its device, and checks that it is what was asked for."""
-    _opened(bundle)
-    quiet()
-    from isthmus import pipeline
-
-    try:
-        result = pipeline.build(bundle, trust=trust, force=force, progress=Progress())
-    except AccuracyError as error:
-        if style == "text":
-            print_built(error.result)
-        raise
-    if style == "json":
-        print_json(result.summary())
-    else:
-        print_built(result)
-    return result.exit_code
-
-
-@main.command(short_help="Check a bundle's files, then its accuracy.")
-@_bundle
-@click.option("--trust", is_flag=True, help="Take engines and libraries that were not made with the bundle; they can run any code.")
-@format_option()
-@common
-def verify(bundle: Path, trust: bool, style: str) -> int:
-    """Checks BUNDLE's integrity (sha256), then its accuracy again."""
-    _opened(bundle)
-    quiet()
-    from isthmus import pipeline
-
-    try:
-        result = pipeline.verify(bundle, trust=trust, progress=Progress())
-    except AccuracyError as error:
-        if style == "text":
-            print_verified(error.result)
-        raise
-    if style == "json":
-        print_json(result.summary())
-    else:
-        print_verified(result)
-    return result.exit_code
-
-
-@main.command(short_help="Check a graph against its target's rules.")
-@click.argument("path", metavar="BUNDLE|FILE.onnx|NAME.mlpackage", type=click.Path(path_type=Path))
-@click.option("--target", metavar="NAME", help="Whose rules. [default: the bundle's target; for a file, every rule]")
-@click.option("--chip", metavar="NAME", default="", help="Core ML: the chip that is asked about, such as A16 or M2. [default: every one]")
-@click.option("--observe", is_flag=True, help="Core ML: run the bundle's example inputs in the interpreter, for rules on large values.")
-@format_option()
-@common
-def lint(path: Path, target: str | None, chip: str, observe: bool, style: str) -> int:
-    """Finds what a target's compiler would refuse, compute in another precision, or waste. Ends with 1 when there are errors."""
-    from isthmus.exporter.target import TARGETS
-    from isthmus.targets.coreml.rules.chips import check_chip
-
-    if target is not None:
-        TARGETS.entry(target)
-    check_chip(chip)
-    if path.is_dir() and path.suffix != ".mlpackage":
-        _opened(path)
-    elif not path.exists():
-        raise UsageError(f"{path} does not exist", hint="give a bundle's folder, an ONNX file or a Core ML package")
-    quiet()
-    from isthmus.findings import examine
-
-    report = examine(path, target, chip=chip, observe=observe)
-    if style == "json":
-        print_json(report.value())
-    else:
-        print_findings(report)
-    return report.exit_code
-
-
-@main.command(short_help="Show what a bundle is.")
-@_bundle
-@format_option()
-@common
-def inspect(bundle: Path, style: str) -> None:
-    """Shows what BUNDLE is: model, target, inputs, outputs, operators, weights, verdicts."""
-    _opened(bundle)
-    quiet()
-    from isthmus import pipeline
-
-    value = pipeline.inspect(bundle)
-    if style == "json":
-        print_json(value)
-    else:
-        print_fields(value)
-
-
-@main.command(short_help="Rebuild a bundle's report, or compare two.")
-@_bundle
-@click.argument("other", required=False, type=click.Path(path_type=Path))
-@click.option("--modules", is_flag=True,
-              help="First compare every stage with PyTorch, module by module, and put what was found into the bundle and its report.")  # fmt: skip
-@click.option("--model", metavar="MODULE:CALLABLE", help="With --modules: makes the PyTorch module, for a model that is not registered.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="PATH", help="With --modules: the weights that the export was given.")
-@click.option("--trust", is_flag=True, help="With --modules: take engines and libraries that were not made with the bundle.")
-@click.option("--compare", is_flag=True, help="Put the reports of BUNDLE and OTHER side by side, and look for regressions of OTHER.")
-@click.option("--threshold", type=Number(float, 0.0, sys.float_info.max), metavar="DB",
-              help="With --compare: how much lower a SQNR or PSNR of OTHER may be. [default: 1 dB]")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="With --compare: the page. [default: compare.html]")
-@format_option()
-@common
-def report(
-    bundle: Path, other: Path | None, compare: bool, threshold: float | None, output: Path | None, modules: bool, style: str, **given: Any
-) -> int:
-    """Rebuilds BUNDLE's accuracy report if need be, and prints where it is. With --compare, puts the reports of two bundles of one model
-    side by side, and ends with 3 when a figure of OTHER is lower than BUNDLE's by more than the threshold, or a verdict weaker.
+@click.pass_context
+def tune(ctx: click.Context, /, style: str, **given: Any) -> None:
+    """Searches for the modules of MODEL that can compute in a low precision under a budget of accuracy, and writes a recipe for
+    `isthmus export --recipe`. A call that was killed goes on where it was.
     """
-    if compare != (other is not None):
-        raise UsageError(
-            "--compare takes two bundles, the second of which is judged" if compare else f"got a second bundle, {other}, without --compare",
-            hint="isthmus report A B --compare",
-        )
-    for value, option in ((threshold, "--threshold"), (output, "-o")):
-        if value is not None and not compare:
-            raise UsageError(f"{option} is for --compare", hint="isthmus report A B --compare")
-    if compare and modules:
-        raise UsageError("--compare reads two reports, and --modules makes one", hint="isthmus report BUNDLE --modules, for each of them")
-    for name, value in given.items():
-        if value and not modules:
-            raise UsageError(f"--{name} is for --modules", hint="isthmus report BUNDLE --modules")
-    for side in (bundle, other):
-        if side is not None:
-            _opened(side)
-    quiet()
-    from isthmus import pipeline
-    from isthmus.calibration.compare import DEFAULT_THRESHOLD
+    from isthmus.exporter.call import checked_tuning
 
-    if other is not None:
-        page = output or Path("compare.html")
-        found = pipeline.compare_reports(bundle, other, threshold=DEFAULT_THRESHOLD if threshold is None else threshold, output=page)
-        if style == "json":
-            print_json({**found.summary(), "page": str(page)})
-        else:
-            print_comparison(found)
-            print(f"page: {page}")
-        return found.exit_code
-    path = pipeline.report(bundle, modules=modules, progress=Progress(), **given)
-    if style == "json":
-        print_json({"report": str(path)})
-    else:
-        print(path)
-    return 0
-
-
-@main.command(short_help="Write a program that runs a bundle.")
-@_bundle
-@click.option("--language", required=True, metavar="NAME", help="The program's language: swift, a package for a bundle of coreml.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The program's folder.")
-@click.option("--force", is_flag=True, help="Replace a program that exists.")
-@format_option()
-@common
-def embed(bundle: Path, language: str, output: Path, force: bool, style: str) -> None:
-    """Writes a program that runs BUNDLE on its device, with tests that compare it with PyTorch. It is not compiled here."""
-    from isthmus import embedding
-
-    embedding.check_embedding(bundle, language, output, force=force)
-    quiet()
-    result = embedding.embed(bundle, language, output, force=force, progress=Progress())
-    if style == "json":
-        print_json(result.summary())
-    else:
-        print_embedded(result)
-
-
-def _comparing(function: Any) -> Any:
-    """The options of `diff` and `bisect`."""
-    for option in reversed((
-        click.option("--model", metavar="MODULE:CALLABLE", help="Makes the PyTorch module, for a model that is not registered."),
-        click.option("--weights", type=click.Path(path_type=Path), metavar="PATH", help="The weights that the export was given."),
-        click.option("--threshold", type=Number(float, 0.0, sys.float_info.max), metavar="X",
-                     help="Relative error above which a module has gone wrong. [default: the precision's]"),
-        click.option("--memory", type=Number(int, 1, 2**24), default=1024, show_default=True, metavar="MIB",
-                     help="MiB of values that are held at a time, beside the weights."),
-        click.option("--case", "cases", multiple=True, metavar="NAME", help="A case of the bundle's reference; repeatable. [default: all]"),
-        click.option("--trust", is_flag=True, help="Take engines and libraries that were not made with the bundle; they can run any code."),
-    )):  # fmt: skip
-        function = option(function)
-    return function
-
-
-@main.command(short_help="Compare a bundle module by module.")
-@click.argument("a")
-@click.argument("b")
-@_comparing
-@format_option()
-@common
-def diff(a: str, b: str, memory: int, style: str, **given: Any) -> int:
-    """Compares B's artifact with A's, or with PyTorch where A is the word torch, module by module. Ends with 3 when a module of B is over
-    the threshold.
-    """
-    for side in (a, b):
-        if side != "torch":
-            _opened(Path(side))
+    arguments = checked_tuning(given, problems=ctx.meta.get(PROBLEMS, []))
     quiet()
     from isthmus import pipeline
 
-    result = pipeline.diff(a, b, memory=memory * 2**20, progress=Progress(), **given)
+    result = pipeline.tune(**arguments, progress=Progress(), tell=tell_trials)
     if style == "json":
         print_json(result.summary())
     else:
-        print_diff(result)
-    return result.exit_code
+        print_tuned(result)
 
 
-@main.command(short_help="Name the module that first went wrong.")
-@_bundle
-@_comparing
-@format_option()
-@common
-def bisect(bundle: Path, memory: int, style: str, **given: Any) -> int:
-    """Says which module of BUNDLE's model first went wrong, and in which stage. Ends with 3 when one did."""
-    _opened(bundle)
-    quiet()
-    from isthmus import pipeline
-
-    result = pipeline.bisect(bundle, memory=memory * 2**20, progress=Progress(), **given)
-    if style == "json":
-        print_json(result.summary())
-    else:
-        print_bisect(result)
-    return result.exit_code
+for _command in COMMANDS:
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,54 @@ def error_chart(
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """Choices to draw.
+
+    Attributes:
+        name: What people read.
+        kind: The class of the series.
+        values: A share from 0 to 1, a figure in dB, and what they stand for.
+        joined: Whether lines join them.
+    """
+
+    name: str
+    kind: str
+    values: Sequence[tuple[float, float, str]]
+    joined: bool = True
+
+
+def scatter_chart(title: str, points: Sequence[Scatter], *, bound: float | None = None) -> Chart:
+    """Decibels against a share, both on linear scales.
+
+    Args:
+        title: What it shows.
+        points: The series. A figure that is not finite lies on the uppermost line, or the lowest.
+        bound: A figure that is asked for: a line of its own.
+    """
+    every = [y for each in points for _, y, _ in each.values if math.isfinite(y)] + ([bound] if bound is not None else [])
+    step = next(s for s in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, math.inf) if (max(every, default=1.0) - min(every, default=0.0)) / s <= 6)
+    step = step if math.isfinite(step) else (max(every) - min(every)) / 6
+    low, high = math.floor(min(every, default=0.0) / step), math.ceil(max(every, default=1.0) / step)
+    high = max(high, low + 1)
+
+    def y_of(y: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * min(1.0, max(0.0, (y / step - low) / (high - low)))
+
+    def x_of(x: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * min(1.0, max(0.0, x))
+
+    lines = [Line(y_of(step * i), f"{step * i:.4g} dB") for i in range(low, high + 1)]
+    if bound is not None:
+        lines.append(Line(y_of(bound), "", "bound"))
+    series = tuple(
+        Series(each.name, each.kind, tuple(Mark(x_of(x), y_of(y), "", 0, tip, each.kind) for x, y, tip in each.values), each.joined)
+        for each in points
+        if each.values
+    )
+    return Chart(title, series, tuple(lines), tuple(Mark(x_of(x), BOTTOM, f"{100 * x:g} %") for x in (0.0, 0.25, 0.5, 0.75, 1.0)))
+
+
+@dataclass(frozen=True)
 class Spread:
     """A small histogram, `width` bins wide and 1 high, as paths of SVG.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..exporter.bundle import Manifest
+from ..exporter.options import check_settings
 from ..exporter.spec import MODELS, ModelSpec, Tolerance
 from ..exporter.target import TARGETS
 from .data import DEFAULT_SIZE, RANDOM, TRAJECTORIES
@@ -44,14 +45,22 @@ def command_of(manifest: Manifest) -> Command:
     model = manifest.model
     if manifest.model not in MODELS:
         model = f"MODULE:{manifest.model}"
-        missing.append("MODULE is the Python module of the model's callable; --inputs may be needed with it. A bundle does not hold their code.")
+        missing.append(
+            "MODULE is the Python module of the model's callable; --inputs may be needed with it. A bundle does not hold their code."
+        )
     words = ["isthmus", "export", model, "--target", manifest.target, "--precision", manifest.precision]
     if manifest.opset is not None:
         words += ["--opset", str(manifest.opset)]
     if manifest.weights.origin == "file":
         words += ["--weights", manifest.weights.path]
         missing.append(f"{manifest.weights.path} is the file of weights whose sha256 is {manifest.weights.sha256}.")
-    words += [*_general(manifest), *_dynamic(manifest, spec), *_bounds(manifest, spec), *_calibration(manifest, missing), *_target(manifest)]
+    words += [
+        *_general(manifest),
+        *_dynamic(manifest, spec),
+        *_bounds(manifest, spec),
+        *_calibration(manifest, missing),
+        *_target(manifest),
+    ]
     return Command(tuple(words), tuple(missing))
 
 
@@ -59,15 +68,21 @@ def _spec(manifest: Manifest) -> ModelSpec | None:
     """What the registry says of the model; None for one that is not registered, or not with these settings any more."""
     if manifest.model not in MODELS:
         return None
+    settings, reasons = check_settings(MODELS.entry(manifest.model), _mapping(manifest.options.get("settings")))
     try:
-        return MODELS[manifest.model].spec(manifest.options.get("settings", {}))
-    except (TypeError, ValueError):
+        return MODELS[manifest.model].spec(settings) if not reasons else None
+    except ValueError:  # they contradict each other
         return None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """The options of a part. A manifest holds any JSON, and one that was changed by hand still has a page."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _general(manifest: Manifest) -> Iterator[str]:
     options = manifest.options
-    for key, value in options.get("settings", {}).items():
+    for key, value in _mapping(options.get("settings")).items():
         yield from ("--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
     for name, default in {"batch_size": None, "sampler": "step", "seed": 0, "weight_rounding": "nearest", "smooth": None}.items():
         if options.get(name, default) != default:
@@ -78,7 +93,7 @@ def _dynamic(manifest: Manifest, spec: ModelSpec | None) -> Iterator[str]:
     """The axes that were asked for: all of them, or those whose ranges are not the registered model's own."""
     own = {size: (r.min, r.opt, r.max) for size, r in spec.ranges.items()} if spec is not None else {}
     told = {size for size, range_ in own.items() if manifest.sizes.get(size) == range_}
-    for place, size in manifest.options.get("dynamic", {}).items():
+    for place, size in _mapping(manifest.options.get("dynamic")).items():
         if size in manifest.sizes and size not in told:
             yield from ("--dynamic", f"{place}={','.join(map(str, manifest.sizes[size]))}")
             told |= {size} if spec is not None else set()  # the same size on other inputs varies with it
@@ -94,23 +109,23 @@ def _bounds(manifest: Manifest, spec: ModelSpec | None) -> Iterator[str]:
 
 
 def _calibration(manifest: Manifest, missing: list[str]) -> Iterator[str]:
-    used = manifest.details.get("calibration")
-    if not isinstance(used, Mapping):
-        return
+    used = _mapping(manifest.details.get("calibration"))
     source, size = used.get("source", TRAJECTORIES), used.get("size")
     if used.get("method", "max") != "max":
         yield from ("--calibration-method", str(used["method"]))
     if source != TRAJECTORIES:
         yield from ("--calibration-data", str(source))
     if source not in (TRAJECTORIES, RANDOM):
-        missing.append(f"{source} is the calibration data whose inputs have the sha256 {used.get('sha256')}; pictures need their preprocessing.")
+        missing.append(
+            f"{source} is the calibration data whose inputs have the sha256 {used.get('sha256')}; pictures need their preprocessing."
+        )
     if size is not None and size != DEFAULT_SIZE:
         yield from ("--calibration-size", str(size))
 
 
 def _target(manifest: Manifest) -> Iterator[str]:
     """The target's own options that are not its defaults."""
-    given: Mapping[str, Any] = manifest.options.get(manifest.target, {})
+    given = _mapping(manifest.options.get(manifest.target))
     defaults = TARGETS[manifest.target].Options().model_dump(mode="json") if manifest.target in TARGETS else {}
     for name, value in given.items():
         if value is not None and value != defaults.get(name):

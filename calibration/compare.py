@@ -13,6 +13,7 @@ from typing import Any
 
 from ..exporter.bundle import INPUTS, OUTPUTS, Column, Manifest, OutputMetrics, StageResult, Table, Verdict, read_manifest
 from ..exporter.errors import Reason, UsageError
+from .command import command_of
 from .page import data_uri, render_page
 from .report import Report, read_report
 from .wording import REFERENCE_STAGES, change, decibel, flat
@@ -151,8 +152,8 @@ class Comparison:
 
     @property
     def options(self) -> list[tuple[str, str, str]]:
-        """The options that differ, with target, precision and opset among them."""
-        return _differing(*({**_head(side.manifest), **dict(flat(side.manifest.options))} for side in (self.a, self.b)))
+        """The options that differ, with target, precision, opset and the calibration's method and data among them."""
+        return _differing(*(_options(side.manifest) for side in (self.a, self.b)))
 
     def summary(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -289,12 +290,15 @@ def _share(manifest: Manifest) -> float | None:
     return float(share) if isinstance(share, int | float) else None
 
 
-def _head(manifest: Manifest) -> dict[str, str]:
+def _options(manifest: Manifest) -> dict[str, str]:
+    calibration = manifest.details.get("calibration")
     return {
         "target": manifest.target,
         "precision": manifest.precision,
         "opset": "" if manifest.opset is None else str(manifest.opset),
         "made for": manifest.device,
+        **dict(flat(manifest.options)),
+        **(dict(flat(calibration, "calibration.")) if isinstance(calibration, dict) else {}),
     }
 
 
@@ -383,4 +387,5 @@ def comparison_page(comparison: Comparison) -> str:
         covered=_covered(comparison),
         pictures=_pictures(comparison),
         noise=NOISE_DB,
+        commands=[(name, command_of(side.manifest)) for name, side in (("A", comparison.a), ("B", comparison.b))],
     )

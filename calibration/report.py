@@ -1,8 +1,8 @@
 """The accuracy report of a bundle: `report.json` for programs, `report.html` for people.
 
 Both say the same. The page is one file that fetches nothing, see `page`. `write_report` runs before the manifest is written, which then
-hashes its files; `render` makes the page again from `manifest.json`, `report.json`, `calibration.json`, `diff.json` and the pictures under `report/`,
-byte for byte the same while these are.
+hashes its files; `render` makes the page again from `manifest.json`, `report.json`, `calibration.json`, `diff.json`, `tune.json` and the
+pictures under `report/`, byte for byte the same while these are.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from .metrics import compare, misses
 from .module_report import read_modules
 from .page import data_uri, render_page
 from .similarity import ssim
+from .tune_report import tune_of
+from .weight_ranges import NAME as WEIGHTS
+from .weight_ranges import weight_table
 from .wording import headline, number, ratio, tolerance_of
 
 JSON = "report.json"
@@ -39,6 +42,7 @@ MAX_PICTURES = 16
 
 Array = np.ndarray[Any, Any]
 
+_ONNX = "model.onnx"
 _PICTURES_A_LINE = 10
 _MAX_JSON = 64 * 2**20
 
@@ -167,17 +171,24 @@ def write_report(folder: Path, manifest: Manifest, *, pictures: Pictures | None 
     """
     rest = dict(facts or {})
     warnings, notes = (_sentences(rest.pop(key, ())) for key in ("warnings", "notes"))
-    tables = rest.pop("tables", ())
+    tables: Any = rest.pop("tables", ())
     report = _report(
         manifest,
         pictures=_write_pictures(folder, pictures) if pictures is not None else None,
         warnings=warnings,
         notes=notes,
-        tables=tables,
+        tables=(*tables, *_weights(folder)),
         facts=rest,
         file_sizes=_file_sizes(folder),
     )
     _write(folder, report)
+
+
+def _weights(folder: Path) -> tuple[Table, ...]:
+    """The weights' ranges, of bundles that were calibrated: others store no codes."""
+    graph = folder / _ONNX
+    table = weight_table(graph) if graph.is_file() and (folder / CALIBRATION).is_file() else None
+    return (table,) if table is not None else ()
 
 
 def _write(folder: Path, report: Report) -> None:
@@ -413,8 +424,10 @@ def _page(folder: Path, report: Report) -> str:
         command=command_of(report),
         ranges=ranges,
         # What the section of the ranges shows, it shows in full.
-        tables=[t for t in report.tables if ranges is None or t.name != CALIBRATION_TABLE],
+        tables=[t for t in report.tables if t.name != WEIGHTS and (ranges is None or t.name != CALIBRATION_TABLE)],
+        weights=next((t for t in report.tables if t.name == WEIGHTS), None),
         modules=read_modules(folder),
+        tune=tune_of(folder),
         histograms=_histograms(report),
         images={name: data_uri(folder, name) for row in rows for name in (row.pytorch, row.artifact, row.difference)},
         pictures_a_line=-(-len(rows) // lines) or 1,

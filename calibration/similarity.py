@@ -46,7 +46,8 @@ def ssim(reference: Array, candidate: Array) -> float:
 def _gaussian(side: int) -> Array:
     offsets = np.arange(side) - (side - 1) / 2
     weights: Array = np.exp(-(offsets**2) / (2 * SIGMA**2))
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def _filtered(images: Array, weights: Array) -> Array:

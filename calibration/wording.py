@@ -200,8 +200,10 @@ def ratio(value: float) -> str:
 
 
 def similarity(value: float) -> str:
-    """Structural similarity: near 1, what is missing to it, as `1 − 2e-6`."""
-    return cosine(value) if value > 0.9999 else f"{value:.4f}" if math.isfinite(value) else number(value)
+    """Structural similarity: near 1, what is missing to it, as `1 − 2e-6`; 1 from where on that is roundoff."""
+    if abs(1 - value) < 1e-7:
+        return "1"
+    return cosine(value) if value >= 0.99995 else f"{value:.4f}" if math.isfinite(value) else number(value)
 
 
 def sort_key(value: float | None) -> str:

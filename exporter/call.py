@@ -87,15 +87,52 @@ def checked_calibration(given: Mapping[str, Any], *, problems: Sequence[IsthmusE
     """
     found = list(problems)
     common = _common(given, {}, found)
-    output, opset = given["output"], given["opset"]
-    if output is None:
-        found.append(UsageError("-o is missing", hint="for example -o calibration.json"))
-    elif output.exists() and not (given["force"] and output.is_file()):
-        found.append(UsageError(f"the output {output} exists", hint="give --force to replace a file, or another -o"))
-    if opset is not None and opset not in OPSETS:
+    _check_file(given, "calibration.json", found)
+    if (opset := given["opset"]) is not None and opset not in OPSETS:
         found.append(UsageError(f"--opset: got {opset}", hint=f"one of: {', '.join(map(str, sorted(OPSETS)))}"))
     _raise_all(found)
     return {**given, **common}
+
+
+def checked_tuning(given: Mapping[str, Any], *, problems: Sequence[IsthmusError]) -> dict[str, Any]:
+    """Checks the values of the options of `isthmus tune`.
+
+    Args:
+        given: Values by option.
+        problems: What was found wrong before.
+
+    Returns:
+        The keyword arguments of `pipeline.tune`.
+
+    Raises:
+        UsageError, IsthmusError: See `checked`.
+    """
+    found = list(problems)
+    common = _common(given, {}, found)
+    _check_file(given, "recipe.yaml", found)
+    if given["precision"] is None:
+        found.append(UsageError("--precision is missing", hint="one of: fp8, int8"))
+    if given["min_sqnr"] is None and given["min_psnr"] is None:
+        found.append(UsageError("a budget of accuracy is missing", hint="for example --min-sqnr 28, or --min-psnr 35 for pictures"))
+    if given["target"] is not None:
+        asked = {"sampler": None, "precision": None, "opset": given["opset"], "target": given["target"]}
+        target = _target(asked, found)
+        if target is not None and given["precision"] and f"{given['precision']}_include" not in target.Options.model_fields:
+            hint = "leave --target out"
+            found.append(UsageError(f"{target.name} cannot be told which modules compute in {given['precision']}", hint=hint))
+    if given["address"] is not None and given["executor_name"] != "ray":
+        found.append(UsageError("--address is for --executor ray", hint="leave it out, or give both"))
+    _raise_all(found)
+    return {**given, **common, "address": given["address"] or ""}
+
+
+def _check_file(given: Mapping[str, Any], example: str, found: list[IsthmusError]) -> None:
+    """Checks the file that a command writes."""
+    output = given["output"]
+    if output is None:
+        found.append(UsageError("-o is missing", hint=f"for example -o {example}"))
+    elif output.exists() and not (given["force"] and output.is_file()):
+        found.append(UsageError(f"the output {output} exists", hint="give --force to replace a file, or another -o"))
 
 
 def _common(given: Mapping[str, Any], config_settings: Mapping[str, Any], found: list[IsthmusError]) -> dict[str, Any]:

@@ -105,13 +105,14 @@ class RunnerValues(Values):
         runner: Is closed with this.
         inputs: Names of its inputs, in order.
         outputs: Names of its outputs, in order.
+        why: Why nothing else is looked at, where the runner is not the reason.
     """
 
-    def __init__(self, runner: Runner, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(self, runner: Runner, inputs: Sequence[str], outputs: Sequence[str], why: str = "") -> None:
         self._runner = runner
         self.flow = Flow((), tuple(inputs), tuple(outputs))
         self.device = runner.device
-        self.opaque = f"not run: {runner.device} gives the model's outputs only"
+        self.opaque = f"not run: {why}" if why else f"not run: {runner.device} gives the model's outputs only"
 
     def shapes(self, inputs: Arrays, names: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
         """See `Values.shapes`."""

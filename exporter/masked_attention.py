@@ -1,7 +1,7 @@
 """Attention for compilers that make something else than zeros of a query that may read no key.
 
-PyTorch gives zeros for such a row (`aten::_safe_softmax`, since torch 2.5). A softmax over nothing but minus infinity is not a number, and one over
-a large negative constant is an average over the keys that were forbidden.
+PyTorch gives zeros for such a row (`aten::_safe_softmax`, since torch 2.5). A softmax over nothing but minus infinity is not a number, and
+one over a large negative constant is an average over the keys that were forbidden.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 def guarded_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, **rest: Any
 ) -> Any:
-    """For a table of decompositions: attention whose rows without a key are put in order before it, and zeros after it::
+    """Attention whose rows without a key are put in order before it, and are zeros after it; for a table of decompositions.
+
+    Given::
 
         y = scaled_dot_product_attention(q, k, v, mask)
+
+    Result::
 
         some = mask.any(-1, keepdim=True)                             # mask > -inf where it is added
         z = scaled_dot_product_attention(q, k, v, mask | ~some)       # where(some, mask, 0)

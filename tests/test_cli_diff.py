@@ -248,3 +248,15 @@ def test_errors_along_a_samplers_trajectory(tmp_path, made):
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     with pytest.raises(UsageError, match="dit-tiny draws no pictures"):
         errors_by_timestep(made)
+
+
+def test_rescaled_modules_are_not_taken_for_culprits(run, tmp_path):
+    export = ["export", "dit-tiny", "--target", "onnxruntime", "--precision", "int8", "--calibration-data", "random"]
+    assert run(*export, "--smooth", 0.5, "-o", tmp_path / "smoothed").exit_code == 0
+    result = run("bisect", tmp_path / "smoothed", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    value = json.loads(result.stdout)
+    (stage,) = value["stages"]
+    assert value["culprit"] is None
+    assert (stage["name"], stage["visible"]) == ("quantized", 1)
+    assert "--smooth moved scales" in result.stdout

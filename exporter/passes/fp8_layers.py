@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
 
+from ..patterns import matches
 from ._rewrite import attribute_int, constant_tensor, dims, input_at, is_op
 from .scope import module_of
 
@@ -90,7 +90,7 @@ def select(model: ir.Model, *, include: Sequence[str] = (), exclude: Sequence[st
 
     Args:
         model: In float32, with shapes on its values.
-        include: Patterns (`fnmatch`) of module paths that are taken although the default leaves them out.
+        include: Patterns (see `exporter.patterns`) of module paths that are taken although the default leaves them out.
         exclude: Patterns of module paths that are left in half precision. It wins over `include`.
     """
     nodes = list(model.graph)
@@ -103,22 +103,15 @@ def select(model: ir.Model, *, include: Sequence[str] = (), exclude: Sequence[st
         name, module = node.name or "", module_of(node)
         if reason := _impossible(node):
             excluded.append(Excluded(name, module, reason))
-        elif _matches(module, exclude):
+        elif matches(module, exclude):
             excluded.append(Excluded(name, module, "excluded by name", chosen=True))
-        elif (reason := _sensitive(node, first, last, batch)) and not _matches(module, include):
+        elif (reason := _sensitive(node, first, last, batch)) and not matches(module, include):
             excluded.append(Excluded(name, module, reason, chosen=True))
         else:
             layers.append(_layer(node, name, module))
     modules = {module_of(node) for node in candidates}
-    unmatched = [p for p in (*include, *exclude) if not any(_matches(m, [p]) for m in modules)]
+    unmatched = [p for p in (*include, *exclude) if not any(matches(m, [p]) for m in modules)]
     return Selection(tuple(layers), tuple(excluded), tuple(unmatched))
-
-
-def _matches(module: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern matches the module or one that contains it."""
-    parts = module.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
 
 def _is_candidate(node: ir.Node) -> bool:

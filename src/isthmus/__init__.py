@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from isthmus.calibrating import CalibrateResult
     from isthmus.differences import BisectResult, DiffResult
     from isthmus.embedding import EmbedResult
-    from isthmus.pipeline import bisect, build, calibrate, compare_reports, diff, embed, export, inspect, report, verify
+    from isthmus.pipeline import bisect, build, calibrate, compare_reports, diff, embed, export, inspect, report, tune, verify
     from isthmus.results import BuildResult, ExportResult, VerifyResult
+    from isthmus.tuning import TuneResult
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DiffResult",
     "EmbedResult",
     "ExportResult",
+    "TuneResult",
     "VerifyResult",
     "__version__",
     "bisect",
@@ -33,6 +35,7 @@ __all__ = [
     "export",
     "inspect",
     "report",
+    "tune",
     "verify",
 ]
 

@@ -361,7 +361,7 @@ def forms(opened: Opened, source: Source, *, trust: bool = False) -> list[Form]:
     for stage in target.stages(opened.folder, manifest, trust=trust):
         if stage.sampling:
             continue
-        if stage.name == "quantized":
+        if stage.name == "quantized" and not _smoothed(manifest):
             found.append(Form("onnx", half or "fp32", lambda: _unquantised(opened, source)))
         found.append(_form(opened, stage))
     return found
@@ -384,7 +384,7 @@ def _form(opened: Opened, stage: Stage) -> Form:
     if opener is None:
         return form(None)
     path = folder / _ONNX
-    if stage.name in ("onnx", "quantized") and path.is_file():
+    if stage.name in ("onnx", "quantized") and path.is_file() and not _smoothed(manifest):
         return form(lambda: OnnxValues(path))
     if stage.name == "native" and path.is_file():
         return form(lambda: OnnxValues(path, kernels=native.library()))
@@ -393,7 +393,13 @@ def _form(opened: Opened, stage: Stage) -> Form:
         shapes = {info.name: opened.example[info.name].shape for info in manifest.inputs}
         return form(lambda: MilValues(folder / packages[0], Interface.of(manifest), shapes))
     inputs, outputs = [info.name for info in manifest.inputs], [info.name for info in manifest.outputs]
-    return form(lambda: RunnerValues(opener(), inputs, outputs))
+    # Results of modules are rescaled there on purpose, and would be taken for errors of the modules that were rescaled.
+    why = "--smooth moved scales between modules, whose results are not PyTorch's" if _smoothed(manifest) else ""
+    return form(lambda: RunnerValues(opener(), inputs, outputs, why))
+
+
+def _smoothed(manifest: Manifest) -> bool:
+    return manifest.options.get("smooth") is not None
 
 
 def _rounded(opened: Opened, source: Source, half: str) -> Values:

@@ -38,6 +38,7 @@ from isthmus.calibration.cases import cases_of_example, cases_of_spec
 from isthmus.calibration.data import check_preprocess, check_size
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
 from isthmus.calibration.observe import Observer, check_graph
+from isthmus.calibration.recipe import Recipe, read_recipe
 from isthmus.calibration.report import Pictures, write_report
 from isthmus.calibration.table import calibration_table, report_table
 from isthmus.calibration.traced import check_rounded, check_trace
@@ -63,6 +64,7 @@ from isthmus.exporter.weights import nonfinite
 from isthmus.finished import build, inspect, verify
 from isthmus.reporting import compare_reports, report
 from isthmus.results import BuildResult, ExportResult, Progress, Silent, VerifyResult, json_values, misses, tool_versions
+from isthmus.tuning import TuneResult, tune
 
 __all__ = [
     "BisectResult",
@@ -71,6 +73,7 @@ __all__ = [
     "DiffResult",
     "EmbedResult",
     "ExportResult",
+    "TuneResult",
     "VerifyResult",
     "bisect",
     "build",
@@ -81,6 +84,7 @@ __all__ = [
     "export",
     "inspect",
     "report",
+    "tune",
     "verify",
 ]
 
@@ -106,6 +110,7 @@ def export(
     calibration_preprocess: str | None = None,
     weight_rounding: str | None = None,
     smooth: float | None = None,
+    recipe: Recipe | Path | None = None,
     sampler: str | None = None,
     atol: float | None = None,
     rtol: float | None = None,
@@ -139,6 +144,8 @@ def export(
         weight_rounding: How weights are rounded in precisions that are calibrated: `nearest`, the default, or `gptq` (see
             `calibration.rounding`).
         smooth: The alpha of SmoothQuant, from 0 to 1, see `passes.smooth_activations`; by default activations stay as they are.
+        recipe: What `tune` found, or its file: precision, patterns of modules, and how ranges and weights are chosen. What else is asked
+            for must not contradict it.
         sampler: `step`, the default, for the graph of one step, which a sampler calls; `loop` for one more graph that draws whole pictures
             (see `exporter.sampling`).
         atol: With `rtol`, replaces the bound on the relative error by |error| <= atol + rtol |reference|.
@@ -159,6 +166,15 @@ def export(
     """
     step = (progress or Silent()).step
     chosen: Target[Any] = TARGETS[target]()
+    if recipe is not None:
+        recipe = read_recipe(recipe) if isinstance(recipe, Path) else recipe
+        asked_for = {"precision": precision, "calibration_method": calibration_method, "weight_rounding": weight_rounding, "smooth": smooth}
+        said, contradictions = recipe.arguments({**(options or {}), **asked_for}, takes=chosen.Options.model_fields)
+        if contradictions:
+            raise UsageError("the recipe and the call contradict each other", reasons=contradictions)
+        precision, calibration_method = said.pop("precision"), said.pop("calibration_method", calibration_method)
+        weight_rounding, smooth = said.pop("weight_rounding", weight_rounding), said.pop("smooth", smooth)
+        options = {**(options or {}), **said}
     precision = _choose("precision", precision, chosen.precisions)
     sampler = _choose("sampler", sampler, chosen.samplers)
     resolved = chosen.Options.model_validate(options or {})
@@ -272,6 +288,7 @@ def export(
             "batch_size": batch_size,
             "sampler": sampler,
             **({"weight_rounding": weight_rounding, "smooth": smooth} if calibrated else {}),
+            **({"recipe": recipe.sha256()} if isinstance(recipe, Recipe) else {}),
             "settings": json_values(settings or {}),
             "dynamic": {f"{name}:{axis}": size for name, axes in source.dynamic.items() for axis, size in axes.items()},
             target: resolved.model_dump(mode="json"),

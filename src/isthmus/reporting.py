@@ -12,6 +12,8 @@ from isthmus.calibration.compare import DEFAULT_THRESHOLD, PAGE_MARK, Comparison
 from isthmus.calibration.module_report import FILE as MODULES
 from isthmus.calibration.module_report import ModuleReport
 from isthmus.calibration.report import render
+from isthmus.calibration.tune_report import FILE as TUNE
+from isthmus.calibration.tune_report import read_tune
 from isthmus.differences import bisect, errors_by_timestep
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter.errors import IsthmusError, MachineError, UsageError
@@ -29,6 +31,7 @@ def report(
     model: str | None = None,
     weights: Path | None = None,
     trust: bool = False,
+    tune: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Renders the report of a bundle again, from what it holds, and returns the page's path.
@@ -42,14 +45,22 @@ def report(
         model: With `modules`: see `bisect`, as for the others.
         weights: The weights file that the export was given.
         trust: See `verify`.
+        tune: What `isthmus tune` wrote beside a recipe, `NAME.pareto.json`: it comes into the bundle, as `tune.json`, and its plot into the
+            page.
         progress: Told of every step.
 
     Raises:
-        UsageError: The folder is not a bundle; or, with `modules`, its model cannot be rebuilt.
+        UsageError: The folder is not a bundle; with `modules`, its model cannot be rebuilt; with `tune`, the search was not for this model,
+            weights, target and precision (all reasons are listed).
         IntegrityError: What the page is made from is not what the manifest says.
         IsthmusError: With `modules`, PyTorch or a stage fails.
     """
     manifest = bundles.read_manifest(bundle)
+    if tune is not None:
+        searched = read_tune(tune)
+        if reasons := searched.misfits(manifest):
+            raise UsageError(f"{tune} is not of {bundle}", reasons=reasons, hint="give the search whose recipe the export was given")
+        manifest = bundles.replace_file(bundle, manifest, TUNE, searched.model_dump_json(indent=1).encode() + b"\n")
     if modules:
         found = _modules(bundle, model=model, weights=weights, trust=trust, progress=progress)
         manifest = bundles.replace_file(bundle, manifest, MODULES, found.model_dump_json(indent=1).encode() + b"\n")

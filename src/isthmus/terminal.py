@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from isthmus.exporter.bundle import StageResult
     from isthmus.findings import LintReport
     from isthmus.results import BuildResult, ExportResult, VerifyResult
+    from isthmus.tuning import TuneResult
 
 _MODULES = 10  # of those that are not wholly in FP8, or on the Neural Engine, how many are named
 _UNCOUNTED = 4  # of the products whose sizes are not known, how many are named
@@ -131,6 +132,33 @@ def print_calibrated(result: CalibrateResult) -> None:
     drifting = sorted(((seen.drift, name) for name, seen in table.values.items() if seen.drift is not None), reverse=True)
     for drift, name in drifting[:3]:
         print(f"  {name}: {drift:.2f} times as large at some timesteps as at others")
+    for warning in result.warnings:
+        print(f"warning: {warning}")
+
+
+def tell_trials(done: int, expected: int, left: float | None) -> None:
+    """How many trials of a search are done, and the time that is left: one line that changes on a terminal; elsewhere a line for every
+    tenth of them.
+    """
+    logger = logging.getLogger("isthmus")
+    if logger.level != 0 and logger.getEffectiveLevel() > logging.INFO:
+        return
+    text = f"trial {done} of about {expected}" + (f", {left:.0f} s left" if left is not None else "")
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="\n" if done == expected else "", file=sys.stderr, flush=True)
+    elif done % max(1, expected // 10) == 0:
+        print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def print_tuned(result: TuneResult) -> None:
+    """What was chosen, what it gives, and where the files are."""
+    chosen, uniform = result.value["chosen"], result.value["uniform"]
+    recipe = result.recipe
+    drawn = f", PSNR of the pictures {chosen['psnr_db']:.2f} dB" if chosen["psnr_db"] is not None else ""
+    print(f"{result.path}: {chosen['flop_share']:.1%} of the operations in {recipe.precision}: SQNR {chosen['sqnr_db']:.2f} dB{drawn}")
+    print(f"  {len(chosen['modules'])} of {len(result.value['modules'])} modules; {recipe.calibration_method}, {recipe.weight_rounding}")
+    print(f"  all of them, with ranges of the largest values: {uniform['flop_share']:.1%}, SQNR {uniform['sqnr_db']:.2f} dB")
+    print(f"  {result.trials} trials, {result.known} of them known from an earlier call")
     for warning in result.warnings:
         print(f"warning: {warning}")
 

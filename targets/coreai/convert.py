@@ -65,7 +65,12 @@ def convert(
 def _run(request: Path, folder: Path, timeout: float) -> dict[str, Any]:
     try:
         done = subprocess.run(  # noqa: S603 - our own module
-            [sys.executable, "-m", _CHILD, str(request)], capture_output=True, timeout=timeout, check=False, cwd=folder, env=environment()
+            [sys.executable, "-m", _CHILD, str(request)],
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            cwd=folder,
+            env={**environment(), "TMPDIR": str(folder)},  # the library leaves files where a process is ended
         )
     except subprocess.TimeoutExpired as error:
         raise IsthmusError(

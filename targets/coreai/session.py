@@ -65,7 +65,8 @@ class CoreAIRunner(Runner):
                     stderr=log,
                     start_new_session=True,
                     cwd=self._folder.name,
-                    env=environment(),
+                    # The library leaves files behind in a process that is ended.
+                    env={**environment(), "TMPDIR": self._folder.name},
                 )
             loaded = self._answer("loading")
         except BaseException:  # Ctrl-C must not leave a process behind

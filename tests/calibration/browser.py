@@ -7,12 +7,23 @@ import base64
 import io
 import json
 import os
+import select
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.image import imread
+
+# Chromium reads commands from 3 and writes answers to 4: first both pipes go out of the way of these numbers, whatever theirs are.
+_PIPES = """
+import os, sys
+high = [os.dup2(int(number), 200 + i) for i, number in enumerate(sys.argv[1:3])]
+for i, number in enumerate(high):
+    os.dup2(number, 3 + i)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -28,27 +39,20 @@ class Browser:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
 
-        def pipes():
-            # Chromium reads commands from 3 and writes answers to 4. First out of the way of these numbers, whatever they were.
-            source, sink = os.dup(to_read), os.dup(to_write)
-            high = [os.dup2(source, 200), os.dup2(sink, 201)]
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
         flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking"
+        arguments = [
+            chromium,
+            *flags.split(),
+            "--disable-component-update",
+            "--disable-sync",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
         self._process = subprocess.Popen(
-            [
-                chromium,
-                *flags.split(),
-                "--disable-component-update",
-                "--disable-sync",
-                "--hide-scrollbars",
-                "--remote-debugging-pipe",
-                f"--user-data-dir={profile}",
-                "about:blank",
-            ],
-            pass_fds=(3, 4),
-            preexec_fn=pipes,  # noqa: PLW1509 - no thread of this process is in the child
+            [sys.executable, "-c", _PIPES, str(to_read), str(to_write), *arguments],
+            pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -154,6 +158,7 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self._buffer:
+            assert select.select([self._read], [], [], 60)[0], "Chromium has not answered for a minute"
             data = os.read(self._read, 2**20)
             assert data, "Chromium went away"
             self._buffer += data

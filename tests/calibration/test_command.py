@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from isthmus.calibration.command import command_of
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
 from isthmus.exporter.bundle import WeightsInfo
+from isthmus.exporter.target import TARGETS
 
 
 def _load(name):
@@ -54,6 +57,38 @@ def test_defaults_are_left_out():
 )  # fmt: skip
 def test_what_is_not_a_default_is_given(changes, added):
     assert words(**changes)[7:] == added
+
+
+def other_values(field):
+    """Values of an option that are not its default, of the types that can be told from the annotation."""
+    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+    known = {bool: (True, False), int: (3, 64), str: ("a b",), tuple[str, ...]: (("blocks.*", "head"),)}
+    return [v for v in (*choices, *known.get(field.annotation, ())) if v != field.get_default(call_default_factory=True)]
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_every_option_of_every_target_is_read_back(target):
+    """What the command gives, the target's schema reads as the value that the manifest holds; defaults are not given."""
+    schema = TARGETS[target].Options
+    defaults = schema().model_dump(mode="json")
+
+    def flags(options):
+        found = command_of(samples.manifest(**{**PLAIN, "target": target, "options": {target: options}, "tolerance": {}})).words[9:]
+        return dict(zip(found[::2], found[1::2], strict=True))
+
+    assert flags(defaults) == {}
+    tried = 0
+    for name, field in schema.model_fields.items():
+        for value in other_values(field):
+            try:
+                made = schema.model_validate({name: value})
+            except ValidationError:  # the schema allows not every value of the type
+                continue
+            ((flag, text),) = flags(made.model_dump(mode="json")).items()
+            assert flag == f"--{name.replace('_', '-')}"
+            assert schema.model_validate({name: text.split(",") if isinstance(value, tuple) else text}) == made
+            tried += 1
+    assert tried >= 2
 
 
 def test_what_a_bundle_does_not_hold_is_said():

@@ -94,8 +94,8 @@ def test_a_gain_is_none(made):
     ("a", "b", "fell"),
     [
         (40.0, 38.9, True), (40.0, 39.0, False), (40.0, 41.0, False), (math.inf, 150.0, False), (math.inf, 118.0, True),
-        (140.0, 125.0, False), (math.inf, math.inf, False), (-math.inf, -math.inf, False), (40.0, -math.inf, True), (-math.inf, 40.0, False),
-        (40.0, math.nan, True), (math.nan, 40.0, False), (None, 40.0, False), (40.0, None, False),
+        (140.0, 125.0, False), (math.inf, math.inf, False), (-math.inf, -math.inf, False), (40.0, -math.inf, True),
+        (-math.inf, 40.0, False), (40.0, math.nan, True), (math.nan, 40.0, False), (None, 40.0, False), (40.0, None, False),
     ],
 )  # fmt: skip
 def test_what_has_fallen(a, b, fell):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.calibration.bisect import StageDiff, arisen, culprit
-from isthmus.calibration.diff import Figures, Row
 from isthmus.calibration.module_report import FILE, ModuleReport, read_modules
 from isthmus.calibration.report import render
+from isthmus.calibration.row import Figures, Row
 from isthmus.exporter.bundle import write_manifest
 from isthmus.exporter.errors import IntegrityError
 
@@ -128,6 +128,18 @@ def test_a_bundle_without_a_comparison_says_how_to_make_one(tmp_path):
     assert "isthmus report BUNDLE --modules does that." in words(page)
 
 
+def test_smoothing_is_no_fault_of_a_module(tmp_path):
+    """It divides results on purpose, which the page has to say."""
+    for smooth, told in ((None, False), (0.5, True)):
+        folder = tmp_path / str(smooth)
+        folder.mkdir()
+        made = samples.manifest(options={"smooth": smooth})
+        samples.written(folder, made)
+        (folder / FILE).write_text(json.dumps(value()))
+        write_manifest(folder, made)
+        assert ("were smoothed ( --smooth 0.5 )" in words(render(folder))) is told
+
+
 def test_hostile_modules_stay_text(page):
     hostile = samples.HOSTILE
     stage = StageDiff(hostile, hostile, 0.1, (row(hostile, 0, 0.5, nodes=(hostile,)), Row(hostile, hostile, 1, reason=hostile)), hostile)
@@ -136,7 +148,9 @@ def test_hostile_modules_stay_text(page):
     assert "<img" not in shown
 
 
-@pytest.mark.parametrize("content", ["{", '{"stages": [], "more": 1}', '{"stages": [{"name": "x"}]}'], ids=["cut", "unknown key", "missing keys"])
+@pytest.mark.parametrize(
+    "content", ["{", '{"stages": [], "more": 1}', '{"stages": [{"name": "x"}]}'], ids=["cut", "unknown key", "missing keys"]
+)
 def test_a_damaged_comparison_is_named(page, content):
     with pytest.raises(IntegrityError, match=r"diff\.json is no comparison of this version"):
         page(content)

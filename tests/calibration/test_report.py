@@ -16,7 +16,21 @@ from matplotlib.image import imread
 from isthmus.calibration.figures import SIDE, amplification, to_pixels, write_png
 from isthmus.calibration.metrics import compare
 from isthmus.calibration.report import MAX_PICTURES, Pictures, Report, render
-from isthmus.calibration.wording import at_least_decibel, cell, cosine, flat, headline, number, share, size
+from isthmus.calibration.similarity import ssim
+from isthmus.calibration.wording import (
+    at_least_decibel,
+    cell,
+    change,
+    cosine,
+    flat,
+    headline,
+    number,
+    ratio,
+    share,
+    similarity,
+    size,
+    sort_key,
+)
 from isthmus.exporter.bundle import Column, StageResult, Table, TensorInfo, WeightsInfo, write_manifest
 from isthmus.exporter.errors import IntegrityError
 from isthmus.exporter.spec import Samples, Tolerance
@@ -252,6 +266,31 @@ def test_psnr_of_pictures_is_the_formula(tmp_path):
     assert f"PSNR of {math.floor(psnr * 10) / 10:.1f} dB" in words(page)
 
 
+def test_each_picture_has_its_psnr_and_ssim(tmp_path):
+    pictures = digits(5, error=0.01)
+    page = written(tmp_path, pictures=pictures)
+    grid = json.loads((tmp_path / "report.json").read_text())["pictures"]
+    r, c = pictures.reference.images.astype(np.float64), pictures.candidate.images.astype(np.float64)
+    for i, row in enumerate(grid["rows"]):
+        assert row["psnr_db"] == pytest.approx(-10 * math.log10(((r[i] - c[i]) ** 2).mean()))
+        assert row["ssim"] == ssim(r[i], c[i])
+    found = [ssim(x, y) for x, y in zip(r, c, strict=True)]
+    assert (grid["ssim"], grid["worst_ssim"]) == (pytest.approx(np.mean(found)), min(found))
+    assert f"a mean SSIM of {np.mean(found):.4f} ( {min(found):.4f} at the least)".replace("( ", "(") in words(page).replace("( ", "(")
+    assert "LPIPS is not given" in words(page)
+
+
+def test_a_report_of_before_similarity_is_read(tmp_path):
+    written(tmp_path, pictures=digits(1))
+    write_manifest(tmp_path, manifest())
+    value = json.loads((tmp_path / "report.json").read_text())
+    for part in (value["pictures"], *value["pictures"]["rows"]):
+        for name in ("ssim", "worst_ssim", "psnr_db"):
+            part.pop(name, None)
+    (tmp_path / "report.json").write_text(json.dumps(value))
+    assert "SSIM" not in words(render(tmp_path))
+
+
 @pytest.mark.parametrize("colour", [False, True], ids=["grey", "rgb"])
 def test_stored_pictures_are_the_samples(tmp_path, colour):
     pictures = digits(1, error=0.01, colour=colour)
@@ -351,6 +390,12 @@ def test_other_figures():
     assert cosine(1.0) == "1"
     assert cosine(1 - 3.1e-9) == "1 − 3.1e-9"
     assert cosine(0.5) == "0.5"
+    assert [similarity(v) for v in (1.0, 1 - 6e-15, 1 - 8.07e-5, 1 - 4e-5, 0.98765, math.nan)] == [
+        "1", "1", "0.9999", "1 − 4e-5", "0.9877", "–",
+    ]  # fmt: skip
+    assert [ratio(v) for v in (0.0, 4.6e-5, 0.1234, 1.0)] == ["0", "0.0046 %", "12 %", "100 %"]
+    assert [change(v) for v in (None, 1.26, -89.4, 0.0, -math.inf, math.nan)] == ["–", "+1.3", "−89.4", "+0.0", "−∞", "–"]
+    assert [sort_key(v) for v in (None, math.nan, math.inf, -math.inf, 0.5, 3)] == ["", "", "Infinity", "-Infinity", "0.5", "3"]
     assert at_least_decibel(59.96) == "59.9 dB"
     assert [size(n) for n in (0, 1023, 1536, 2_732_096, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "2.61 MiB", "3 GiB"]
     assert [share(n, 1000) for n in (0, 1, 500, 999, 1000)] == ["0", "<1 %", "50 %", ">99 %", "100 %"]

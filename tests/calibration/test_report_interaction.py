@@ -1,6 +1,7 @@
 """The pages in Chromium, from `file://`, with a pointer and keys: sorting, filtering, what marks say, phones, dark mode."""
 
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
@@ -38,7 +39,8 @@ def comparison():
 
     rows = [
         {
-            "module": f"blocks.{i // 4}.{('attn', 'norm', 'mlp', 'proj')[i % 4]}", "kind": ("Attention", "LayerNorm", "Mlp", "Linear")[i % 4],
+            "module": f"blocks.{i // 4}.{('attn', 'norm', 'mlp', 'proj')[i % 4]}",
+            "kind": ("Attention", "LayerNorm", "Mlp", "Linear")[i % 4],
             "order": i, "total": figures(0.01), "inherited": figures(0.005), "injected": figures(error), "at": "output",
             "nodes": [f"MatMul node {i}"], "reason": "", "case": "example", "sensitivity": 0.0,
         }
@@ -77,9 +79,9 @@ def pages(tmp_path_factory):
         made = samples.manifest(stages=(torch, torch.model_copy(update={"name": "torch-dtype"}), onnx, quantized, plan, idle))
         if error > 1e-2:
             made = made.model_copy(update={"stages": (torch, onnx, quantized.model_copy(update={"metrics": samples.rows(0.1)}))})
+        samples.written(folder, made, pictures=samples.digits(10, error=error))
         (folder / FILE).write_text(json.dumps(comparison()))
         (folder / CALIBRATION).write_text(ranges().json_text())
-        samples.written(folder, made, pictures=samples.digits(10, error=error))
         write_manifest(folder, made)
         (folder / "report.html").write_text(render(folder))
     compared = folders[0] / "compare.html"
@@ -184,7 +186,7 @@ def test_what_saturates_is_marked(browser, pages):
     red = browser.run("[...document.querySelectorAll('#ranges .beyond')].map(p => p.closest('tr').cells[1].innerText)")
     assert red == ["value 9"]
     assert browser.run("[...document.querySelectorAll('#ranges .clipped')].map(c => c.innerText)") == red_share()
-    browser.click("#ranges th:nth-child(8) button")
+    browser.click("#ranges th:nth-child(7) button")
     assert column(browser, "#ranges", 1)[0] == "value 9"
 
 
@@ -216,7 +218,7 @@ def test_a_phone_scrolls_downwards_only(browser, pages, name, width):
     boxes = browser.run(labels)
     for row in {top for _, _, top in boxes}:
         across = sorted(box[:2] for box in boxes if box[2] == row)
-        assert all(a[1] <= b[0] for a, b in zip(across, across[1:], strict=False)), "labels of a chart do not overlap"
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(across)), "labels of a chart do not overlap"
         assert across[0][0] >= 0
         assert across[-1][1] <= width
 
@@ -231,7 +233,8 @@ CONTRAST = """(() => {
   const opaque = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
     if (!/, 0\\)$/.test(c) && c !== 'transparent') return c; } return 'rgb(255, 255, 255)'; };
   const pairs = {};
-  for (const e of document.querySelectorAll('p, h1, h2, h3, td, th, dt, dd, li, small, summary, figcaption, .pill, th button, .chart text')) {
+  const texts = 'p, h1, h2, h3, td, th, dt, dd, li, small, summary, figcaption, .pill, th button, .chart text';
+  for (const e of document.querySelectorAll(texts)) {
     if (!e.textContent.trim() || e.closest('.hidden')) continue;
     const style = getComputedStyle(e), text = e instanceof SVGElement ? style.fill : style.color;
     pairs[[text, opaque(e)].join('|')] = e.outerHTML.slice(0, 90);

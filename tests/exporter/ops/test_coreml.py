@@ -206,6 +206,27 @@ def test_the_normaliser_does_not_depend_on_the_size_of_the_features(scale):
     np.testing.assert_array_equal(y[:, ::5], 0.0)
 
 
+def _long_scan(length=4096, channels=32, state=16):
+    """Mamba's A, and steps from 1e-4 to 8, as float16 numbers; no D u, which hides errors of the scan."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    usual = np.exp(rng.uniform(np.log(1e-4), np.log(0.5), channels))
+    delta = (usual * np.exp(rng.standard_normal((1, length, channels)))).clip(max=8.0)
+    delta[:, ::512] = 8.0
+    arrays = {"u": rng.standard_normal((1, length, channels)), "delta": delta, "A": -np.tile(np.arange(1.0, state + 1), (channels, 1))}
+    arrays |= {name: rng.standard_normal((1, length, state)) for name in "BC"}
+    return {name: x.astype(np.float16).astype(np.float64) for name, x in arrays.items()}
+
+
+def test_a_long_selective_scan_holds_in_float16():
+    op = OPS["selective_scan"]
+    inputs, attributes = _long_scan(), op.resolve({})
+    expected = op.part("reference").reference(inputs, attributes)["y"]
+    model, names = models.converted(op, inputs, attributes, "fp16")
+    error = models.execute(op, model, names, inputs)["y"] - expected
+    decibels = 20 * np.log10(abs(expected).max(1) / np.sqrt((error**2).mean(1)))  # for each channel
+    assert decibels.min() >= 65
+
+
 class Softplus(torch.nn.Module):
     def forward(self, u, delta, A, B, C):
         return torch.ops.isthmus.selective_scan(u, delta, A, B, C, delta_softplus=True)[1]
