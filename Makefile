@@ -15,11 +15,12 @@ PARITY_REQUIREMENTS := tests/parity/requirements.txt
 # The folders are reached through src/isthmus/, where relative imports are what they will be in the wheel.
 SOURCES := $(wildcard src/isthmus/*.py) $(addprefix src/isthmus/,exporter targets models calibration) tests benchmarks training
 
-.PHONY: help demo test check kernels parity bench clean
+.PHONY: help demo test matrix check kernels parity bench clean
 
 help:
 	@echo "make demo     set up, export dit-digits to ONNX Runtime, and print where its report is"
-	@echo "make test     set up, run all tests"
+	@echo "make test     set up, run the tests"
+	@echo "make matrix   the sweep of models, targets and precisions whose parts take long"
 	@echo "make check    ruff (lint and format), mypy, import-linter"
 	@echo "make parity   compare the models with diffusers', in an environment of their own"
 	@echo "make kernels  compile every GPU kernel, and compare registers and spills with the recorded ones"
@@ -31,9 +32,14 @@ demo: $(READY)
 	@echo
 	@echo "The report, for a browser: $(CURDIR)/out/dit-digits/report.html"
 
+# Each process has a core: threads that wait for another's would slow both.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=$(TEST_PROCESSES) --dist=loadgroup --durations=20
+
 test: $(READY)
-	# Each process has a core: threads that wait for another's would slow both.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=$(TEST_PROCESSES) --dist=loadgroup --durations=20 $(PYTEST_ARGS)
+	$(PYTEST) -m "not matrix" $(PYTEST_ARGS)
+
+matrix: $(READY)
+	$(PYTEST) -m matrix $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -18,7 +18,13 @@ _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 
 
 def guarded_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, **rest: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **rest: Any,
 ) -> Any:
     """Attention whose rows without a key are put in order before it, and are zeros after it; for a table of decompositions.
 
@@ -29,7 +35,7 @@ def guarded_attention(
     Result::
 
         some = mask.any(-1, keepdim=True)                             # mask > -inf where it is added
-        z = scaled_dot_product_attention(q, k, v, mask | ~some)       # where(some, mask, 0)
+        z = scaled_dot_product_attention(q, k, v, mask or not some)      # where(some, mask, 0)
         y = where(some, z, 0)
 
     Args:
@@ -48,7 +54,7 @@ def guarded_attention(
         return NotImplemented
     boolean = attn_mask.dtype == torch.bool
     some = (attn_mask if boolean else attn_mask > -torch.inf).any(-1, keepdim=True)
-    mask = attn_mask | ~some if boolean else torch.where(some, attn_mask, torch.zeros_like(attn_mask))
+    mask = torch.logical_or(attn_mask, torch.logical_not(some)) if boolean else torch.where(some, attn_mask, torch.zeros_like(attn_mask))
     with _inside():
         result = torch.ops.aten.scaled_dot_product_attention.default(query, key, value, mask, dropout_p, is_causal, **rest)
     return torch.where(some, result, torch.zeros_like(result))

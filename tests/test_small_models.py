@@ -21,17 +21,31 @@ PRECISIONS = [(target, precision) for target in TARGETS for precision in TARGETS
 
 def _takes_part(name: str, target: str, precision: str) -> bool:
     """Models that draw pictures take long, and are tried where that says more than the tiny ones say."""
+    digits = name.endswith("-digits")
     if target == "tensorrt":  # shares everything with tensorrt-rtx but the build, which happens here for the latter alone
-        return name == "dit-tiny"
-    if target == "coreml":  # a conversion for each; how weights are stored does not depend on the model, and scans take long to interpret
-        if name.endswith("-digits"):
-            return precision == "fp16" or (precision == "int8" and name != "diffussm-digits")
-        return name == "dit-tiny" or precision in ("fp16", "fp32")
-    return name.endswith("-tiny") or target in ("onnxruntime", "coreai") or precision == "fp8"
+        return precision == "fp8" if digits else name == "dit-tiny"
+    if target == "coreml":  # a conversion for each; how weights are stored does not depend on the model
+        return precision in ("fp16", "fp32", "int8") if digits else name == "dit-tiny" or precision in ("fp16", "fp32")
+    return not digits or target in ("onnxruntime", "coreai") or precision == "fp8"
+
+
+_DRAWING = {("onnxruntime", "fp32"), ("coreml", "fp16"), ("tensorrt-rtx", "fp8")}
+
+
+def _is_quick(name: str, target: str, precision: str) -> bool:
+    """What `make test` runs; `make matrix` runs the others."""
+    if name.endswith("-digits"):
+        return name == "dit-digits" and (target, precision) in _DRAWING
+    return name == "dit-tiny" or target != "coreai"
 
 
 COMBINATIONS = [
-    pytest.param(name, target, precision, marks=pytest.mark.xdist_group(f"{name}, {target}"))
+    pytest.param(
+        name,
+        target,
+        precision,
+        marks=[pytest.mark.xdist_group(f"{name}, {target}"), *(() if _is_quick(name, target, precision) else (pytest.mark.matrix,))],
+    )
     for name in SMALL
     for target, precision in PRECISIONS
     if _takes_part(name, target, precision)

@@ -64,6 +64,7 @@ def converted(
     output_names: Sequence[str] = (),
     shapes: Sequence[Sequence[tuple[int, ...]]] = (),
     wide: Collection[str] = (),
+    masks_in_order: bool = False,
     passes: Sequence[str] | None = None,
 ) -> Converted:
     """Converts a program, without chatter.
@@ -80,6 +81,7 @@ def converted(
         shapes: For each input the shapes that it takes, the usual one first, as many for each; empty for the shape of the program, or the
             range that its sizes have there.
         wide: Paths of PyTorch modules whose operations stay in float32 when the precision is float16.
+        masks_in_order: The masks of attention are those of `layout`, which leave every query a key.
         passes: The names of coremltools' passes to run; its default ones when None.
 
     Raises:
@@ -92,8 +94,10 @@ def converted(
     with quiet("coremltools"):
         import coremltools as ct
 
+        from .lowerings.attention import guarded
+
         _register()
-        ready, modules = _ready(decomposed(program))
+        ready, modules = _ready(decomposed(program) if masks_in_order else guarded(decomposed(program)))
         pipeline = ct.PassPipeline() if passes is None else ct.PassPipeline(list(passes), "chosen")
         pipeline.remove_passes(WRONG_PASSES)
         # coremltools collects garbage after every conversion, which takes most of a second where torch is loaded: what exists already is

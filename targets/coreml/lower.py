@@ -172,6 +172,7 @@ def _make(job: Job[CoreMLOptions], program: ExportedProgram, names: Sequence[str
         output_names=outputs,
         shapes=listed,
         wide=wide,
+        masks_in_order=options.layout == "ane" or options.attention != "original",
     )
     if job.precision in UNCOMPRESSED:
         return _Made(found, wide=wide, plain=plain)

@@ -14,11 +14,10 @@ and convolutions stay whole. What remains is judged by `support`, which refuses 
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ....exporter.quiet import quiet
@@ -112,11 +111,22 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     """
     if program.graph_module.meta.get(_DONE):
         return program
+    result = applied(program, table())
+    result.graph_module.meta[_DONE] = True
+    return result
+
+
+def applied(program: ExportedProgram, decompositions: Mapping[Any, Lowering]) -> ExportedProgram:
+    """The program after these decompositions and no others; itself is not changed.
+
+    Raises:
+        Exception: What torch raises for a program that it cannot write so.
+    """
     with warnings.catch_warnings(), quiet("torch.export", "torch.fx"):
         # Copying a program with a loop touches a class of torch.utils._pytree that torch 2.13 itself deprecates.
         warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
-        result: ExportedProgram = program.run_decompositions(copy.copy(table()))
-    result.graph_module.meta[_DONE] = True
+        result: ExportedProgram = program.run_decompositions(dict(decompositions))
+    result.graph_module.meta.update(program.graph_module.meta)
     return result
 
 

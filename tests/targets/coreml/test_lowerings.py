@@ -18,6 +18,7 @@ from isthmus.targets.coreml import lowerings
 from isthmus.targets.coreml.convert import convert
 from isthmus.targets.coreml.interpreter import OPERATIONS, Interpreter, load
 from isthmus.targets.coreml.interpreter.program import operations_in
+from isthmus.targets.coreml.lowerings.attention import guarded
 from isthmus.targets.coreml.support import unsupported
 
 with quiet("coremltools"):  # it reports on import that it was not tested with this torch, and that no Core ML is here
@@ -152,7 +153,7 @@ def _family(family):
     module, inputs = _module([(family, name) for name in FAMILIES[family].calls])
     program = _exported(module, inputs.values())
     with unittest.mock.patch.dict(table, {operator: recorded(operator, function) for operator, function in ours.items()}):
-        program = lowerings.decomposed(program)
+        program = guarded(lowerings.decomposed(program))
     REFUSED[family] = unsupported(program, "iOS16")
     kinds = {lowerings.kind_of(node.target) for node in program.graph.nodes if node.op == "call_function"}
     EXERCISED.update(operator for operator in lowerings.LOWERINGS if lowerings.kind_of(operator) in kinds)
