@@ -57,7 +57,7 @@ bench: $(READY)
 	@set -e; for file in $(wildcard benchmarks/*.py); do echo "$$file" >&2; $(BIN)/python $$file $(BENCH_ARGS); done
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PARITY_VENV) .venv-modelopt out dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define make_venv
