@@ -418,3 +418,17 @@ def test_reference_tensors_that_are_pickles(run, bundle, monkeypatch):
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     _check(run("verify", bundle), 1, "inputs.npz cannot be read as tensors", "hint: ")
     assert not (bundle.parent / "exploded").exists()
+
+
+def test_an_interrupt_while_torch_is_imported_ends_at_once(child):
+    """torch 2.13 aborts the process when an exception passes through the C++ of its import."""
+    code = """
+import signal, sys, types
+from isthmus.process import _interrupt
+torch = types.ModuleType("torch")
+torch.__spec__ = types.SimpleNamespace(_initializing=True)
+sys.modules["torch"] = torch
+_interrupt(signal.SIGINT, None, as_json=False)
+"""
+    result = child(code=code)
+    assert (result.returncode, result.stderr) == (130, "error: interrupted; nothing that looks finished is left\n")

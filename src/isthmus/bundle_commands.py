@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import click
 
-from isthmus.comparison_text import print_comparison
 from isthmus.differences_text import print_bisect, print_diff
 from isthmus.exporter.errors import AccuracyError, UsageError
 from isthmus.parameters import Number, common, format_option, quiet
@@ -189,6 +188,8 @@ def report(
         if style == "json":
             print_json({**found.summary(), "page": str(page)})
         else:
+            from isthmus.comparison_text import print_comparison
+
             print_comparison(found)
             print(f"page: {page}")
         return found.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -29,6 +31,8 @@ class Commands(click.Group):
         if hasattr(signal, "SIGTERM"):
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGTERM, _terminated)
+        if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, functools.partial(_interrupt, as_json=_wants_json(arguments)))
         try:
             # Not click's own main, which ends with 1 when the reader of stdout goes away.
             with self.make_context(prog_name or "isthmus", arguments, **extra) as ctx:
@@ -62,6 +66,20 @@ def _end_interrupted() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_interrupted[0])
+
+
+def _interrupt(number: int, frame: FrameType | None, *, as_json: bool) -> None:
+    """Raises KeyboardInterrupt, as Python does; but ends the process at once while torch is being imported.
+
+    An exception that passes through the C++ of torch's import aborts the process (pybind11 calls std::terminate, seen with torch 2.13).
+    Nothing has been written by then.
+    """
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        code = _fail(KeyboardInterrupt(), as_json=as_json)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    signal.default_int_handler(number, frame)
 
 
 def _terminated(number: int, _frame: object) -> NoReturn:
