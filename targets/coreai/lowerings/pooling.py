@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....exporter.windows import beyond, in_torch_order, sizes
 from . import lowering
 
 aten = torch.ops.aten
@@ -37,15 +38,15 @@ def max_pool2d(
     ceil_mode: bool = False,
 ) -> Any:
     """coreai-torch 0.4.3 needs a batch, and computes a size of its own for windows that reach beyond the border."""
-    kernel, pads, dilations = _sizes(kernel_size, 2), _sizes(padding, 2), _sizes(dilation, 2)
-    strides = _sizes(stride, 2) if len(stride) else kernel
+    kernel, pads, dilations = sizes(kernel_size, 2), sizes(padding, 2), sizes(dilation, 2)
+    strides = sizes(stride, 2) if len(stride) else kernel
     if x.dim() == 4 and not ceil_mode and len(stride):
         return NotImplemented
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     windows = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
-    ends = [_beyond(n, w, s, p, ceil_mode) for n, w, s, p in zip(batched.shape[2:], windows, strides, pads, strict=True)]
+    ends = [beyond(n, w, s, p, ceil_mode) for n, w, s, p in zip(batched.shape[2:], windows, strides, pads, strict=True)]
     if any(pads) or any(ends):
-        batched = F.pad(batched, _in_torch_order(pads, [p + e for p, e in zip(pads, ends, strict=True)]), value=-torch.inf)
+        batched = F.pad(batched, in_torch_order(pads, [p + e for p, e in zip(pads, ends, strict=True)]), value=-torch.inf)
     # Only the values count: what reads the indices is refused.
     values, indices = aten.max_pool2d_with_indices.default(batched, kernel, strides, [0, 0], dilations)
     return (values, indices) if x.dim() == 4 else (values.squeeze(0), indices.squeeze(0))
@@ -70,37 +71,19 @@ def _average(
     # torch leaves out what is the default: no padding.
     if not rest and x.dim() == rank + 2 and len(stride) == rank and (len(padding) == rank or tuple(padding) == (0,)):
         return NotImplemented
-    kernel, pads = _sizes(kernel_size, rank), _sizes(padding, rank)
-    strides = _sizes(stride, rank) if len(stride) else kernel
+    kernel, pads = sizes(kernel_size, rank), sizes(padding, rank)
+    strides = sizes(stride, rank) if len(stride) else kernel
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
-    sizes = batched.shape[2:]
-    ends = [_beyond(n, k, s, p, ceil_mode) for n, k, s, p in zip(sizes, kernel, strides, pads, strict=True)]
+    extent = batched.shape[2:]
+    ends = [beyond(n, k, s, p, ceil_mode) for n, k, s, p in zip(extent, kernel, strides, pads, strict=True)]
     if any(pads) or any(ends):
-        batched = F.pad(batched, _in_torch_order(pads, [p + e for p, e in zip(pads, ends, strict=True)]))
+        batched = F.pad(batched, in_torch_order(pads, [p + e for p, e in zip(pads, ends, strict=True)]))
     mean = pool(batched, kernel, strides, [0] * rank)
     if divisor is not None:
         mean = mean * (math.prod(kernel) / divisor)
     elif any(ends) or (any(pads) and not count_include_pad):
-        counted = torch.ones([1, 1, *sizes], dtype=x.dtype)
-        counted = F.pad(counted, _in_torch_order(pads, pads), value=1.0 if count_include_pad else 0.0)
-        counted = F.pad(counted, _in_torch_order([0] * rank, ends))
+        counted = torch.ones([1, 1, *extent], dtype=x.dtype)
+        counted = F.pad(counted, in_torch_order(pads, pads), value=1.0 if count_include_pad else 0.0)
+        counted = F.pad(counted, in_torch_order([0] * rank, ends))
         mean = mean / pool(counted, kernel, strides, [0] * rank)
     return mean if x.dim() == rank + 2 else mean.squeeze(0)
-
-
-def _sizes(given: Sequence[int], rank: int) -> list[int]:
-    return list(given) if len(given) == rank else [given[0]] * rank
-
-
-def _beyond(size: Any, window: int, stride: int, pad: int, ceil_mode: bool) -> int:
-    """How far the last window reaches beyond the padded end: it may, when it begins within the input or before it."""
-    if not ceil_mode:
-        return 0
-    count = -(-(size + 2 * pad - window) // stride) + 1
-    if (count - 1) * stride >= size + pad:
-        count -= 1
-    return int(max((count - 1) * stride + window - size - 2 * pad, 0))
-
-
-def _in_torch_order(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    return [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....exporter.windows import in_torch_order, sizes
 from . import decomposition
-from .pooling import in_torch_order, sizes
 
 aten = torch.ops.aten
 

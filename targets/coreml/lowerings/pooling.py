@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....exporter.windows import beyond, in_torch_order, sizes
 from . import decomposition
 
 aten = torch.ops.aten
@@ -110,24 +111,3 @@ def adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Any:
             windows = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
             x = torch.cat([x.narrow(axis, a, b - a).mean(axis, keepdim=True) for a, b in windows], axis)
     return x.clone()
-
-
-def sizes(given: Sequence[int], rank: int) -> list[int]:
-    """One size for each axis."""
-    given = [given] if isinstance(given, int) else list(given)
-    return given if len(given) == rank else [given[0]] * rank
-
-
-def beyond(size: Any, window: int, stride: int, pad: int, ceil_mode: bool) -> int:
-    """How far the last window reaches beyond the padded end: it may, when it begins within the input or before it."""
-    if not ceil_mode:
-        return 0
-    count = -(-(size + 2 * pad - window) // stride) + 1
-    if (count - 1) * stride >= size + pad:
-        count -= 1
-    return int(max((count - 1) * stride + window - size - 2 * pad, 0))
-
-
-def in_torch_order(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """Widths for `F.pad`: the last axis first."""
-    return [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
