@@ -193,6 +193,11 @@ def export(
             f"{target} in {precision} is not calibrated, so calibration data has no use",
             hint=f"leave it out, or choose --precision {' or '.join(chosen.calibrated)}" if chosen.calibrated else "leave it out",
         )
+    if not chosen.opsets and (smooth is not None or weight_rounding == "gptq" or method != "max"):
+        raise UsageError(
+            f"{target} in {precision} is calibrated on the PyTorch program, by the largest |value| and with weights rounded to nearest",
+            hint="leave --calibration-method, --weight-rounding and --smooth out: they are for targets that take ONNX",
+        )
     check_preprocess(calibration_data, preprocess)
     destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
     if not dry_run:

@@ -135,3 +135,13 @@ def test_equal_exports_are_equal_files(tmp_path):
     one, other = (isthmus.export("dit-tiny", "coreml", tmp_path / name, precision="int8").manifest for name in "ab")
     assert {n: h for n, h in one.files.items() if ".mlpackage" in n} == {n: h for n, h in other.files.items() if ".mlpackage" in n}
     assert np.isfinite(one.details["engine"]["share"])
+
+
+@pytest.mark.parametrize("asked", [("--smooth", "0.5"), ("--weight-rounding", "gptq"), ("--calibration-method", "mse")])
+def test_what_the_calibration_of_packages_lacks_is_refused_and_not_ignored(run, tmp_path, asked):
+    result = run(
+        "export", "dit-tiny", "--target", "coreml", "--precision", "w8a8", "--calibration-data", "random", *asked, "-o", tmp_path / "b"
+    )
+    assert result.exit_code == 2
+    assert "is calibrated on the PyTorch program" in result.stderr
+    assert not (tmp_path / "b").exists()
