@@ -11,16 +11,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY_VENV)/.ready
 PARITY_REQUIREMENTS := tests/parity/requirements.txt
+PARITY_ALONE := tests/parity/requirements-alone.txt
 
 # The folders are reached through src/isthmus/, where relative imports are what they will be in the wheel.
 SOURCES := $(wildcard src/isthmus/*.py) $(addprefix src/isthmus/,exporter targets models calibration) tests benchmarks training
 
-.PHONY: help demo test matrix check kernels parity bench clean
+.PHONY: help demo test matrix architectures goldens check kernels parity bench clean
 
 help:
 	@echo "make demo     set up, export dit-digits to ONNX Runtime, and print where its report is"
 	@echo "make test     set up, run the tests"
 	@echo "make matrix   the sweep of models, targets and precisions whose parts take long"
+	@echo "make architectures  export every tiny model to every target, and make docs/architectures.md of it"
+	@echo "make goldens  write the operator counts of tests/goldens/operators.json anew"
 	@echo "make check    ruff (lint and format), mypy, import-linter"
 	@echo "make parity   compare the models with diffusers', in an environment of their own"
 	@echo "make kernels  compile every GPU kernel, and compare registers and spills with the recorded ones"
@@ -40,6 +43,14 @@ test: $(READY)
 
 matrix: $(READY)
 	$(PYTEST) -m matrix $(PYTEST_ARGS)
+
+architectures: $(READY)
+	rm -rf out/cells
+	ISTHMUS_CELLS=$(CURDIR)/out/cells $(PYTEST) tests/test_small_models.py -k on_every_target
+	PYTHONPATH=src $(BIN)/python tests/architectures.py out/cells docs/architectures.md
+
+goldens: $(READY)
+	ISTHMUS_GOLDENS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:randomly tests/exporter/passes/test_optimise.py -k golden_file
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)
@@ -70,11 +81,12 @@ endef
 
 $(READY): pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,kernels,coreml,coreai,tensorrt-rtx]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,kernels,coreml,coreai,tensorrt-rtx,perceptual]' --group dev
 	$(BIN)/python -m isthmus.exporter.ops.native --optional
 	@touch $@
 
-$(PARITY_READY): $(PARITY_REQUIREMENTS) constraints.txt
+$(PARITY_READY): $(PARITY_REQUIREMENTS) $(PARITY_ALONE) constraints.txt
 	$(call make_venv,$(PARITY_VENV))
 	$(PARITY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(PARITY_REQUIREMENTS)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps --requirement $(PARITY_ALONE)
 	@touch $@

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..exporter.decisions import exact_calls
 from ..exporter.op import DOMAIN, OPS, CustomOp
 
 # torch.autocast's lists (torch 2.13, aten/src/ATen/autocast_mode.h): what runs in the lower precision, and what is kept in float32.
@@ -116,6 +117,7 @@ class _Rounded(fx.Interpreter):
         self._dtype = dtype
         self._keep = keep
         self._watch = watch
+        self._exact = exact_calls(module.graph)
         self._low: set[fx.Node] = set()  # nodes whose value is held in the dtype
 
     def run_node(self, n: fx.Node) -> Any:
@@ -128,7 +130,7 @@ class _Rounded(fx.Interpreter):
         result = super().run_node(n)
         if n.op == "get_attr" and _is_float(result):
             self._low.add(n)  # weights are stored in the dtype; see fetch_args_kwargs_from_env
-        if n.op != "call_function" or module_path(n) in self._keep:
+        if n.op != "call_function" or module_path(n) in self._keep or n in self._exact:
             return result
         if (op := _custom(n)) is not None:
             return self._round_custom(n, op, result)
@@ -155,7 +157,7 @@ class _Rounded(fx.Interpreter):
 
         Operators of ours take their activations in the dtype and their parameters and states in float32.
         """
-        kept = module_path(n) in self._keep
+        kept = module_path(n) in self._keep or n in self._exact
         lower = n.op == "call_function" and _operator(n.target) in _LOWER
 
         def fetch(node: fx.Node) -> Any:

@@ -57,6 +57,9 @@ def guarded_attention(
     mask = torch.logical_or(attn_mask, torch.logical_not(some)) if boolean else torch.where(some, attn_mask, torch.zeros_like(attn_mask))
     with _inside():
         result = torch.ops.aten.scaled_dot_product_attention.default(query, key, value, mask, dropout_p, is_causal, **rest)
+    if some.dim() > 2 and result.transpose(-3, -2).is_contiguous():
+        # `where` lays its result out like the condition, if that has heads; views behind it count on PyTorch's layout, tokens before heads.
+        some = some.transpose(-3, -2).contiguous().transpose(-3, -2)
     return torch.where(some, result, torch.zeros_like(result))
 
 

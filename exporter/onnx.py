@@ -87,9 +87,19 @@ def to_onnx(
             f"torch.onnx.export wrote opset {got}, expected {opset}", hint=f"choose one of {', '.join(map(str, OPSETS))} with --opset"
         )
     _name(model, input_names, output_names)
+    _tell_apart(model)
     _rename_dimensions(model, dimension_names or {})
     add_functions(model)
     return model
+
+
+def _tell_apart(model: ir.Model) -> None:
+    """Renames results that have the name of a weight: torch gives a buffer called `cos` and the result of a cosine one name."""
+    weights = set(model.graph.initializers)
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in weights and not value.is_graph_output():
+                value.name = f"{value.name}/result"
 
 
 def _name(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:

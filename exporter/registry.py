@@ -134,12 +134,17 @@ def _read_entry(call: ast.Call, module: str, configs: Mapping[str, ast.ClassDef]
         if not (isinstance(config, ast.Call) and isinstance(config.func, ast.Name) and config.func.id in configs):
             raise ValueError(f"{module}: the second argument of the registration of {name!r} must be a call of a class of that file")
         given = {k.arg: ast.literal_eval(k.value) for k in config.keywords if k.arg is not None}
-        options = _read_options(configs[config.func.id], given)
+        options = _read_options(config.func.id, configs, given)
     return Entry(name=name, module=module, summary=keywords.get("summary", ""), options=options)
 
 
-def _read_options(config: ast.ClassDef, given: Mapping[str, Any]) -> dict[str, Option]:
+def _read_options(name: str, configs: Mapping[str, ast.ClassDef], given: Mapping[str, Any]) -> dict[str, Option]:
+    """The fields of a class, after those of the classes of the same file that it extends."""
+    config = configs[name]
     options: dict[str, Option] = {}
+    for base in reversed(config.bases):
+        if isinstance(base, ast.Name) and base.id in configs:
+            options |= _read_options(base.id, configs, given)
     for statement in config.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             name = statement.target.id

@@ -82,12 +82,31 @@ class StateDictLayout:
         convert: From such a state dict to ours; keys that it does not know are passed through, so that they are reported as unexpected.
             Called first with tensors on the meta device, to compare keys and shapes before anything is read.
         config: What the `config.json` beside such weights must say for this model. A key that is absent there counts as not set.
+        pth: The weights are published as a `.pth` of torch.save. Such a file is read then, if it holds nothing but tensors by name.
     """
 
     name: str
     matches: Callable[[frozenset[str]], bool]
     convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     config: Mapping[str, Any] = field(default_factory=dict)
+    pth: bool = False
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What of a model an analysis of `isthmus verify --analysis` looks at.
+
+    Attributes:
+        name: The registered analysis, e.g. `entropy`.
+        outputs: The outputs that it reads, in the order that its docstring gives.
+        inputs: The inputs that it reads.
+        settings: What else it takes, see its docstring.
+    """
+
+    name: str
+    outputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,6 +172,7 @@ class ModelSpec:
         weights: Trained weights that ship with isthmus (safetensors), or None for a model with random weights only.
         layouts: Foreign state dict layouts that `--weights` understands besides our own.
         sampler: How pictures are made with trained weights, or None.
+        analyses: What `isthmus verify --analysis` can say of the model, beside what it can say of every model.
     """
 
     build: Callable[[], nn.Module]
@@ -167,6 +187,7 @@ class ModelSpec:
     weights: Path | None = None
     layouts: tuple[StateDictLayout, ...] = ()
     sampler: Sampler | None = None
+    analyses: tuple[Analysis, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The weights of a module: read from safetensors, drawn at random, and described.
 
 Only safetensors is read. A pickle, which is what `.pt`, `.pth`, `.ckpt` and most `.bin` files are, runs code of its author's choice when
-it is loaded, and is refused. Reading needs memory for one copy of the weights: keys and shapes are compared on the meta device before
-anything is read, and tensors are then read one by one.
+it is loaded, and is refused. A model whose weights are published in no other way says so in its layout; a `.pth` for it is read if it
+holds nothing but tensors by name (`pth.py`). Reading needs memory for one copy of the weights: keys and shapes are compared on the meta
+device before anything is read, and tensors are then read one by one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from .bundle import WeightsInfo, sha256_of
 from .errors import Reason, UsageError, WeightsError
+from .pth import TYPES, read_pth
 from .spec import ModelSpec, StateDictLayout
 
 _PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
@@ -46,8 +48,8 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[StateDictLayou
 
     Args:
         module: Built from the settings that the weights were made for.
-        path: A safetensors file; or a folder in the diffusers layout, with `config.json` and `diffusion_pytorch_model.safetensors` or its
-            shards and their index.
+        path: A safetensors file; a `.pth` where one of the layouts is published as such; or a folder in the diffusers layout, with
+            `config.json` and `diffusion_pytorch_model.safetensors` or its shards and their index.
         layouts: The foreign layouts to recognise besides the module's own.
         origin: What to call the weights in the result.
 
@@ -60,7 +62,8 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[StateDictLayou
             with unexpected keys is refused like one with missing keys: it is the file of another model. All reasons are listed.
     """
     files = _find_files(path)
-    stored = _Stored(files, _float_type(module))
+    published_as_pth = files == [path] and path.suffix == ".pth" and any(layout.pth for layout in layouts)
+    stored = _StoredPth(path, _float_type(module)) if published_as_pth else _Stored(files, _float_type(module))
     layout = next((candidate for candidate in layouts if candidate.matches(frozenset(stored))), None)
     reasons = _compare_config(path / "config.json", layout.config) if layout is not None and path.is_dir() else []
     if reasons:
@@ -239,6 +242,21 @@ class _Stored(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file)
+
+
+class _StoredPth(_Stored):
+    """The tensors of a `.pth`, which are mapped into memory, and copied when they are asked for."""
+
+    def __init__(self, file: Path, float_type: torch.dtype) -> None:
+        self._float_type = float_type
+        self._tensors = read_pth(file, hint=_CONVERT_HINT)
+        self._file = dict.fromkeys(self._tensors, file)
+        self._shape = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self._dtype = {name: TYPES[tensor.dtype] for name, tensor in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor.to(self._float_type, copy=True) if self._dtype[name] in _FLOATS else tensor.clone()
 
 
 class _Slots:

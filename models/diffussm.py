@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +40,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..exporter.ops.causal_conv1d.eager import causal_conv1d
-from ..exporter.ops.selective_scan.eager import selective_scan
 from ..exporter.spec import ModelSpec, SizeRange, register_model
 from .flow import digits_sampler
 from .layers import LabelEmbedder, TimestepEmbedder, class_conditional_inputs, modulate
+from .mamba import MambaCore
 
 
 @dataclass(frozen=True)
@@ -87,59 +85,6 @@ class DiffuSSMConfig:
                 f"hourglass must divide input_size and hidden_size, got hourglass={self.hourglass}, "
                 f"input_size={self.input_size}, hidden_size={self.hidden_size}"
             )
-
-
-def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, initial_state: Tensor | None) -> Tensor:
-    """`isthmus::causal_conv1d` with SiLU, (B, d, L) to (B, d, L)."""
-    y: Tensor = causal_conv1d(x, weight, bias, initial_state, silu=True)[0]
-    return y
-
-
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, *, reverse: bool) -> Tensor:
-    """`isthmus::selective_scan` from a state of zeros, with softplus, (B, L, d) to (B, L, d)."""
-    y: Tensor = selective_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus=True, reverse=reverse)[0]
-    return y
-
-
-class MambaCore(nn.Module):
-    """The core of a Mamba-1 block, (B, L, d) to (B, L, d); its weights have the names of the authors' code.
-
-    Attributes:
-        convolve: What computes the convolution; our operators have no gradient, so that training puts others here and in `scan`.
-        scan: What computes the selective scan.
-    """
-
-    def __init__(self, channels: int, state_size: int, conv_size: int, dt_rank: int, *, reverse: bool = False) -> None:
-        super().__init__()
-        self.reverse = reverse
-        self.convolve: Callable[..., Tensor] = causal_convolution
-        self.scan: Callable[..., Tensor] = scan
-        self.splits = (dt_rank, state_size, state_size)
-        self.conv1d = nn.Conv1d(channels, channels, conv_size, groups=channels, padding=conv_size - 1)
-        self.x_proj = nn.Linear(channels, sum(self.splits), bias=False)
-        self.dt_proj = nn.Linear(dt_rank, channels)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1, dtype=torch.float32)).repeat(channels, 1))
-        self.D = nn.Parameter(torch.ones(channels))
-        # Mamba's initialisation: step sizes spread log-uniformly over 1e-3 to 1e-1, through the inverse of softplus.
-        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
-        delta = torch.exp(torch.rand(channels) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mixes (B, L, d) along L, each token seeing itself and those before it; with `reverse`, itself and those after it."""
-        weight, bias = self.conv1d.weight, self.conv1d.bias
-        inputs, initial_state = x.transpose(1, 2), None
-        if self.reverse:
-            # From the last token to the first, without turning anything round but the taps: shifted by the width, with zeros after the end.
-            carried = weight.shape[2] - 1
-            padded = F.pad(inputs, (0, carried))
-            weight, initial_state, inputs = weight.flip(2), padded[:, :, :carried], padded[:, :, carried:]
-        u = self.convolve(inputs, weight, bias, initial_state=initial_state).transpose(1, 2)
-        dt, B, C = torch.split(self.x_proj(u), list(self.splits), dim=-1)
-        # The bias of dt_proj and softplus are the scan's: the step is then never rounded to the dtype of the activations.
-        delta = F.linear(dt, self.dt_proj.weight)
-        return self.scan(u, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_proj.bias, reverse=self.reverse)
 
 
 class BidirectionalMamba(nn.Module):

@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ..exporter.spec import Arrays
 
 
 def timestep_embedding(t: Tensor, dim: int, *, frequency_shift: int = 0, max_period: float = 10000.0) -> Tensor:
@@ -68,6 +71,43 @@ class LabelEmbedder(nn.Module):
         return out
 
 
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last axis: x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv:1910.07467).
+
+    The epsilon is under the root, as in Llama's code and in ONNX' RMSNormalization. In half precision the mean and the root are computed in
+    float32, and the product with the weight in the dtype of `x`; T5, Llama, Mistral and Jamba do so too.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) to the same shape and dtype."""
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normal.to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer FFN_SwiGLU(x) = (silu(x W) * x V) W2 without biases (Shazeer, arXiv:2002.05202, equation 6).
+
+    W, V and W2 are `gate_proj`, `up_proj` and `down_proj`, as in transformers' Llama; `w1`, `w3` and `w2` in Meta's and Mistral's code.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) to (…, dim)."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive normalisation's affine part: x (B, N, D), shift and scale (B, D), to (B, N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -97,6 +137,20 @@ def sincos_2d(dim: int, height: int, width: int) -> Tensor:
     rows = torch.arange(height, dtype=torch.float64, device="cpu").repeat_interleave(width)
     columns = torch.arange(width, dtype=torch.float64, device="cpu").repeat(height)
     return torch.cat([encode(columns), encode(rows)], dim=1).float()
+
+
+def rotary_table(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position * frequency, for rotary positions (Su et al., arXiv:2104.09864), computed in float64.
+
+    Args:
+        frequencies: (F,), float64, on the CPU.
+        positions: How many, from 0.
+
+    Returns:
+        Two tables (positions, F), float32, on the CPU: a model built on the meta device keeps real ones.
+    """
+    angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
 
 
 class PatchEmbed(nn.Module):
@@ -136,3 +190,8 @@ def class_conditional_inputs(
         }
 
     return inputs
+
+
+def tokens_reversed(arrays: Arrays) -> Arrays:
+    """Inputs or outputs (B, L, …) with the tokens in reversed order, for the analysis `coherence`."""
+    return {name: array[:, ::-1].copy() for name, array in arrays.items()}

@@ -78,18 +78,33 @@ class SanaConfig:
             )
 
 
-class LinearAttention(nn.Module):
-    """Self-attention with the kernel relu(q) . relu(k), in time linear in the number of tokens (section 2.2 of the paper).
+def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Tensor:
+    """Attention with the kernel relu(q) . relu(k), in time linear in the number of tokens (section 2.2 of the paper).
 
     For each head and query n::
 
         out_n = (sum_m v_m (relu(k_m) . relu(q_n))) / (sum_m relu(k_m) . relu(q_n) + eps)
 
-    A further channel of v, constant 1, carries the denominator through the same two products. They and the division are computed in
-    float32. The epsilon is what makes a query without a positive channel give 0 and not 0 / 0.
-    """
+    A further channel of v, constant 1, carries the denominator through the same two products. The epsilon is what makes a query without a
+    positive channel give 0 and not 0 / 0; it needs float32.
 
-    eps = 1e-15
+    Args:
+        q: (B, heads, d, N), float32.
+        k: Like q.
+        v: Like q.
+        eps: See above.
+
+    Returns:
+        (B, heads, d, N), float32.
+    """
+    q, k = F.relu(q), F.relu(k)
+    v = F.pad(v, (0, 0, 0, 1), value=1.0)
+    out = (v @ k.transpose(-1, -2)) @ q  # (B, heads, d + 1, N)
+    return out[:, :, :-1] / (out[:, :, -1:] + eps)
+
+
+class LinearAttention(nn.Module):
+    """Self-attention with the kernel relu(q) . relu(k); its products and the division are computed in float32."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -102,10 +117,7 @@ class LinearAttention(nn.Module):
         q, k, v = (
             self.qkv(x).float().unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)
         )  # each (B, heads, D / heads, N)
-        q, k = F.relu(q), F.relu(k)
-        v = F.pad(v, (0, 0, 0, 1), value=1.0)
-        out = (v @ k.transpose(-1, -2)) @ q  # (B, heads, D / heads + 1, N)
-        out = out[:, :, :-1] / (out[:, :, -1:] + self.eps)
+        out = relu_linear_attention(q, k, v)
         projected: Tensor = self.proj(out.flatten(1, 2).transpose(1, 2).to(x.dtype))
         return projected
 

@@ -85,7 +85,7 @@ def test_target_options_do_not_take_the_commands_own_names():
 
 def test_list_has_every_entry(run):
     value = json.loads(run("list", "--format", "json").stdout)
-    assert sorted(value) == ["calibrators", "models", "ops", "targets"]
+    assert sorted(value) == ["analyses", "calibrators", "models", "ops", "targets"]
     assert {m["name"] for m in value["models"]} == set(MODELS)
     assert {t["name"] for t in value["targets"]} == set(TARGETS)
     tiny = next(m for m in value["models"] if m["name"] == "dit-tiny")
@@ -187,7 +187,7 @@ def test_every_option_reaches_the_pipeline(run, exported, tmp_path):
         "settings": {"depth": 3, "hidden_size": 64}, "weights": weights, "atol": 1e-4, "rtol": 1e-3, "min_psnr": 60.0, "seed": 7,
         "force": True, "dry_run": False, "output": tmp_path / "out", "options": {"threads": "2"},
         "calibration_data": str(tmp_path), "calibration_size": 16, "calibration_method": "mse", "calibration_preprocess": "input=x",
-        "weight_rounding": "gptq", "smooth": 0.5,
+        "weight_rounding": "gptq", "smooth": 0.5, "calibration_table": None,
         "sampler": "loop",
     }  # fmt: skip
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isthmus.exporter.spec import MODELS, Arrays, ModelSpec
-from isthmus.models.diffussm import MambaCore, causal_convolution, scan
 from isthmus.models.flow import TIME_SCALE, RectifiedFlowSampler, Step
+from isthmus.models.mamba import MambaCore, causal_convolution, scan
 
 from .data import Split, digits
 from .judge import draw, judge

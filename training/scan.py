@@ -55,7 +55,7 @@ class _Scan(torch.autograd.Function):
 
 
 def sequential_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, *, reverse: bool) -> Tensor:
-    """`isthmus.models.diffussm.scan`, token by token, in the dtype of `u`, once differentiable. Shapes as there."""
+    """`isthmus.models.mamba.scan`, token by token, in the dtype of `u`, once differentiable. Shapes as there."""
     delta = F.softplus(delta + delta_bias)
     tokens = [x.flip(1) if reverse else x for x in (u, delta, B, C)]
     y: Tensor = _Scan.apply(tokens[0], tokens[1], A, tokens[2], tokens[3])  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ def sequential_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
 
 
 def differentiable_convolution(x: Tensor, weight: Tensor, bias: Tensor, *, initial_state: Tensor | None) -> Tensor:
-    """`isthmus.models.diffussm.causal_convolution` by torch's own convolution. Shapes as there."""
+    """`isthmus.models.mamba.causal_convolution` by torch's own convolution. Shapes as there."""
     width = weight.shape[2]
     padded = F.pad(x, (width - 1, 0)) if initial_state is None else torch.cat([initial_state, x], dim=2)
     return F.silu(F.conv1d(padded, weight, bias, groups=x.shape[1]))

@@ -81,3 +81,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def split(x: Tensor, heads: int) -> Tensor:
     """(..., heads * width) to (..., heads, width)."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def read(state: Tensor, by: Tensor) -> Tensor:
+    """What a key or query reads of a matrix state: `by` (..., key) and `state` (..., key, value) to (..., value).
+
+    A product and a sum, not a matrix product of one row: exported, that is a product of matrices in one batch axis, where the run time of
+    coreai-core 1.0.0b3 fails ("Cannot broadcast shapes [2, 2] and [4]"), because its compiler takes the reshape off one operand alone.
+    """
+    return (by.unsqueeze(-1) * state).sum(-2)

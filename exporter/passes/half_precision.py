@@ -29,6 +29,9 @@ _CURVES = frozenset({"Exp", "Log", "Softplus", "Sin", "Cos", "Tan"})
 _DISCRETE = frozenset(
     {"Floor", "Ceil", "Round", "Mod", "ArgMax", "ArgMin", "TopK", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "OneHot"}
 )
+_PICKS = frozenset({"ArgMax", "ArgMin", "TopK"})
+"""Decisions between numbers that lie near each other, such as distances to the vectors of a codebook."""
+
 _STEEP = frozenset({"Pow", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax"})
 
 _MOVES = frozenset(
@@ -69,9 +72,11 @@ class ToHalf(ir.passes.InPlacePass):
     2. has a small constant that float16 cannot hold (an epsilon of 1e-6), or a weight beyond 65504; bfloat16 has float32's range;
     3. belongs to a module in which a value beyond the dtype's range was seen;
     4. feeds a sine, cosine, exponential, softplus or a decision through elementwise operators (the angle of a timestep embedding needs
-       more than 11 bits), or continues an exponential through them (the decay and the state of a scan);
+       more than 11 bits), or continues an exponential through them (the decay and the state of a scan), or is the product that an argmin,
+       argmax or top-k chooses from, such as the distances to a codebook, or feeds that product through elementwise operators;
     5. is one of the products that a division normalises afterwards (linear attention sums over all tokens before it divides);
-    6. stands between such nodes only, so that nothing is gained by two casts.
+    6. stands between such nodes only, so that nothing is gained by two casts;
+    7. computes floats from integers and booleans alone, element by element, such as what codes stand for.
 
     Nodes of our own operators take what their schemas let them: activations in half precision, parameters and states in float32. Inside
     they sum in float32.
@@ -155,11 +160,15 @@ class ToHalf(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(floating))
 
     def _islands(self, floating: list[ir.Node], opset: int) -> set[ir.Node]:
-        single = {node for node in floating if self._stays(node, opset)}
+        single = {node for node in floating if self._stays(node, opset)} | _of_integers(floating)
         known = set(floating)
         for node in list(single):
             if node.op_type in _CURVES or _decides(node):
-                _spread(node, single, known, _producers, lambda n: n.op_type in _ELEMENTWISE | _MOVES | {"Div"} | _CURVES)
+                reached = _spread(node, single, known, _producers, _is_summed if _decides(node) else _is_elementwise)
+                if node.op_type in _PICKS:
+                    for product in [p for n in reached for p in _producers(n) if p in known and p.op_type in ("MatMul", "Gemm")]:
+                        single.add(product)
+                        _spread(product, single, known, _producers, _is_elementwise)
             if node.op_type == "Exp":
                 _spread(node, single, known, _consumers, lambda n: n.op_type in _ELEMENTWISE | _MOVES | {"Div"})
             if node.op_type in ("Div", "Reciprocal"):
@@ -214,13 +223,40 @@ def _all_in(nodes: list[ir.Node], single: set[ir.Node]) -> bool:
     return bool(nodes) and all(node in single for node in nodes)
 
 
+def _of_integers(floating: list[ir.Node]) -> set[ir.Node]:
+    """The nodes of rule 7; `floating` is in the order of the graph."""
+    found: set[ir.Node] = set()
+    for node in floating:
+        producers = _producers(node)
+        if node.op_type == "Cast" and not _reads(node, ir.DataType.FLOAT):
+            found.add(node)
+        elif node.op_type in _ELEMENTWISE | _MOVES | _SUMS | {"Div"} and producers and all(p in found for p in producers):
+            varying = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT and not v.is_initializer()]
+            if all(v.producer() is not None for v in varying):
+                found.add(node)
+    return found
+
+
+def _reads(node: ir.Node, dtype: ir.DataType) -> bool:
+    return any(value is not None and value.dtype == dtype for value in node.inputs)
+
+
+def _is_elementwise(node: ir.Node) -> bool:
+    return node.op_type in _ELEMENTWISE | _MOVES | {"Div"} | _CURVES
+
+
+def _is_summed(node: ir.Node) -> bool:
+    return node.op_type in _SUMS or _is_elementwise(node)
+
+
 def _spread(
     start: ir.Node,
     single: set[ir.Node],
     known: set[ir.Node],
     step: Callable[[ir.Node], Iterable[ir.Node]],
     through: Callable[[ir.Node], bool],
-) -> None:
+) -> set[ir.Node]:
+    """Adds to `single` what is reached from `start`, and returns it with `start`."""
     queue, seen = collections.deque([start]), {start}
     while queue:
         for node in step(queue.popleft()):
@@ -228,6 +264,7 @@ def _spread(
                 seen.add(node)
                 single.add(node)
                 queue.append(node)
+    return seen
 
 
 def _is_unnormalised_product(node: ir.Node) -> bool:

@@ -8,6 +8,7 @@ program was written by `torch.export.save`, in operators that coreai-torch conve
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ...exporter.ops.coreai_table import coreai_torch
 from ...exporter.quiet import quiet
@@ -61,7 +62,9 @@ def program_of(program: ExportedProgram, input_names: Sequence[str], output_name
         Exception: What coreai-torch raises for a program that it cannot convert.
     """
     _make_outputs_distinct(program)
+    _leave_whole(program.graph_module)
     library = coreai_torch()
+    _list_results()
     with quiet("coreai_torch"):
         converter = _converter(library)
         converter.add_exported_program(program, input_names=input_names, output_names=output_names)
@@ -114,6 +117,28 @@ def _converter(library: Any) -> Any:
     return Converter(mode=library.TorchConverter.Mode.RELEASE)
 
 
+@functools.cache
+def _list_results() -> None:
+    """Lets converters give lists of results: inside of conditions and loops coreai-torch 0.4.3 takes an `OpResultList` (of a normalisation,
+    of a maximum along an axis) for a single result, and fails with "'OpResultList' object has no attribute 'type'".
+    """
+    from coreai._compiler.ir import OpResultList
+    from coreai_torch import _aten_to_core
+
+    several: Any = OpResultList
+
+    def listing(convert: Any) -> Any:
+        @functools.wraps(convert)
+        def converted(*arguments: Any, **keywords: Any) -> Any:
+            results: Any = convert(*arguments, **keywords)
+            return list(results) if isinstance(results, several) else results
+
+        return converted
+
+    table = _aten_to_core._aten_to_core_resolver
+    table.update({name: listing(convert) for name, convert in table.items()})
+
+
 _STORED = (torch.float32, torch.float16, torch.int32, torch.int8)
 
 
@@ -134,6 +159,65 @@ def _name_graphs(converted: Any) -> None:
                 callee = str(operation.attributes["callee"])
                 renamed = re.sub(r"@(\w+)", lambda match: f"@{names.get(match[1], match[1])}", callee)
                 operation.attributes["callee"] = Attribute.parse(renamed)
+
+
+def _leave_whole(module: GraphModule) -> None:
+    """Linear layers of sequences inside of conditions and loops become batched products: coreai-core 1.0.0b3 ends the process ("Non tensor
+    operand was passed to NDArray.alloc") where a branch has several whose batch and length, both dynamic, torch has made one axis.
+
+    Given, in a branch::
+
+        view = aten.view(x, [batch * length, 16])
+        addmm = aten.addmm(bias, view, weight)
+        again = aten.view(addmm, [batch, length, 2, 8])
+
+    Result::
+
+        expand = aten.expand(weight, [batch, 16, 16])
+        bmm = aten.bmm(x, expand)
+        add = aten.add(bmm, bias)
+        again = aten.view(add, [batch, length, 2, 8])
+
+    Args:
+        module: The outermost graph, which is not changed itself.
+    """
+    aten = torch.ops.aten
+    inner = [found for found in module.modules() if isinstance(found, GraphModule) and found is not module]
+    for branch in inner:
+        for node in list(branch.graph.nodes):
+            if node.target not in (aten.addmm.default, aten.mm.default) or node.kwargs:
+                continue
+            arguments: Any = node.args
+            *bias, view, weight = arguments
+            if not (isinstance(view, Node) and view.target is aten.view.default and _flattens(view)):
+                continue
+            if any(user.target is not aten.view.default for user in node.users):
+                continue
+            source = view.args[0]
+            with branch.graph.inserting_before(node):
+                batch = _call(branch, aten.sym_size.int, source, 0)
+                weights = _call(branch, aten.expand.default, weight, [batch, *weight.meta["val"].shape])
+                whole = _call(branch, aten.bmm.default, source, weights)
+                if bias:
+                    whole = _call(branch, aten.add.Tensor, whole, *bias)
+            node.replace_all_uses_with(whole)
+            branch.graph.erase_node(node)
+        branch.graph.eliminate_dead_code()
+        branch.recompile()
+
+
+def _call(module: GraphModule, target: Any, *arguments: Any) -> Node:
+    made = module.graph.call_function(target, arguments)
+    made.meta = {"val": target(*torch.fx.node.map_arg(arguments, lambda node: node.meta["val"]))}
+    return made
+
+
+def _flattens(view: Node) -> bool:
+    """Whether it makes one axis of the first two of (B, L, C), both dynamic."""
+    source: Any = view.args[0]
+    given, made = source.meta["val"], view.meta["val"]
+    dynamic = [isinstance(n, torch.SymInt) for n in given.shape]
+    return dynamic == [True, True, False] and made.dim() == 2 and made.shape[1] == given.shape[2]
 
 
 def _make_outputs_distinct(program: ExportedProgram) -> None:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from ...exporter.decisions import exact_calls
 from ...exporter.op import DOMAIN, OPS, CustomOp
 from .nodes import module_of, name_of
 
@@ -48,7 +49,8 @@ class ToHalf:
        not known to bear less; normalisations and attention of Core AI's own are known to;
     2. has a number, or a small constant, that float16 cannot hold (an epsilon of 1e-6), or a weight beyond 65504;
     3. belongs to a module in which a value beyond 65504 was seen;
-    4. feeds a sine, cosine, exponential, logarithm or a decision through elementwise operators, or continues an exponential through them;
+    4. feeds a sine, cosine, exponential, logarithm or a decision through elementwise operators, or continues an exponential through them,
+       or is one of the exact calls that `exporter.decisions` names;
     5. is one of the products that a division normalises afterwards (linear attention sums over all tokens before it divides);
     6. stands between such calls only, so that nothing is gained by two casts.
 
@@ -138,7 +140,7 @@ class ToHalf:
 
     def _islands(self, calls: list[Node]) -> set[Node]:
         known = set(calls)
-        single = {node for node in calls if self._stays(node)}
+        single = {node for node in calls if self._stays(node)} | (exact_calls(self._graph) & known)
         for node in list(single):
             name = name_of(node)
             if name in _CURVES or _decides(node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -13,17 +14,25 @@ from ...exporter.ops.coreai_table import decompositions
 from ...exporter.quiet import quiet
 from .lowerings import table
 
+_prepared: weakref.WeakKeyDictionary[ExportedProgram, ExportedProgram] = weakref.WeakKeyDictionary()
 
-def prepare(program: ExportedProgram) -> ExportedProgram:
+
+def prepare(program: ExportedProgram, *, again: bool = False) -> ExportedProgram:
     """A copy of a program in ATen operators, loops, and operators of ours, which stay whole.
 
     Args:
         program: As torch.export gave it.
+        again: The result is only looked at, and the next call for this program gives it too: what is asked of a program before it is
+            lowered takes as long as the lowering's own part.
 
     Returns:
         A new program; weights are shared with the given one.
     """
-    return _decomposed(program, table())
+    found = _prepared.pop(program, None)
+    result = _decomposed(program, table()) if found is None else found
+    if again:
+        _prepared[program] = result
+    return result
 
 
 def expand(program: ExportedProgram) -> ExportedProgram:

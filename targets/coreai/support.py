@@ -41,7 +41,7 @@ def unsupported(program: ExportedProgram) -> list[Reason]:
     if reasons:
         return list(reasons)
     try:
-        prepared = prepare(program)
+        prepared = prepare(program, again=True)
     except Exception as error:  # torch raises what its layers raise
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise IsthmusError(f"torch does not take the program apart: {type(error).__name__}: {line}") from error

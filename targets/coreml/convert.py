@@ -17,7 +17,8 @@ from ...exporter.quiet import quiet
 from . import control_flow
 from .high_rank import low_rank
 from .lowerings import WRONG_PASSES
-from .modules import module_of, modules_text, number_modules
+from .modules import modules_text, number_modules
+from .precision import compute_precision
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def converted(
                 outputs=_outputs(ready, output_names),
                 minimum_deployment_target=getattr(ct.target, deployment_target),
                 skip_model_load=True,
-                compute_precision=_compute(precision, frozenset(wide), modules),
+                compute_precision=compute_precision(precision, frozenset(wide), modules),
                 pass_pipeline=pipeline,
             )
         except Exception as error:
@@ -226,46 +227,3 @@ def user_inputs(program: torch.export.ExportedProgram) -> list[tuple[str, Any]]:
     """Name and value (a tensor without data) of each input, in order."""
     values: Mapping[str, Any] = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     return [(str(name), values[str(name)]) for name in program.graph_signature.user_inputs]
-
-
-def _compute(precision: str, wide: frozenset[str], modules: tuple[str, ...]) -> Any:
-    """The compute precision for coremltools: which operations are float16."""
-    import coremltools as ct
-
-    from ...exporter.ops.mil import float16_around
-
-    if precision == "fp32":
-        return ct.precision.FLOAT32
-    scans = float16_around().op_selector if precision == "fp16-wide-scans" else lambda operation: True  # noqa: ARG005
-    known: dict[Any, bool] = {}
-
-    def half(operation: Any) -> bool:
-        return scans(operation) and not _makes_angles(operation, known) and not (wide and module_of(operation, modules) in wide)
-
-    return ct.transform.FP16ComputePrecision(op_selector=half)
-
-
-_TURNS = frozenset({"sin", "cos"})
-_ELEMENTWISE = frozenset(
-    "add cast concat exp expand_dims identity mul pow real_div reshape slice_by_index split sqrt squeeze stack sub transpose".split()
-)
-
-
-def _makes_angles(operation: Any, known: dict[Any, bool]) -> bool:
-    """Whether an operation computes a sine or cosine, or what becomes its angle element by element: that of a timestep goes up to 1000, and
-    float16's steps are half a radian there. These few numbers stay in float32, off the Neural Engine.
-    """
-    waiting = [operation]
-    while waiting:
-        at = waiting[-1]
-        if at in known:
-            waiting.pop()
-            continue
-        children = [child for variable in at.outputs for child in variable.child_ops] if at.op_type in _ELEMENTWISE else []
-        later = [child for child in children if child not in known]
-        if later:
-            waiting += later
-        else:
-            known[at] = at.op_type in _TURNS or any(known[child] for child in children)
-            waiting.pop()
-    return known[operation]

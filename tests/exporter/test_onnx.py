@@ -23,6 +23,17 @@ class Normalised(nn.Module):
         return x / (x.sum(-1, keepdim=True) + 1e-15)
 
 
+class Named(nn.Module):
+    """A buffer with the name that torch gives to a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cos", torch.tensor([1.0, 2.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cos(x) + self.cos
+
+
 class Untranslatable(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_y0(x) + torch.linalg.eigvals(x).real
@@ -31,6 +42,16 @@ class Untranslatable(nn.Module):
 def translate(module: nn.Module, x: torch.Tensor, opset: int) -> ir.Model:
     program = trace(module, {"x": x})
     return optimise(onnx_files.to_onnx(program, opset=opset, input_names=["x"], output_names=["y"]))
+
+
+def test_a_weight_and_a_result_of_one_name_are_told_apart() -> None:
+    x = torch.tensor([[0.5, -1.0]])
+    program = trace(Named(), {"x": x})
+    model = onnx_files.to_onnx(program, opset=20, input_names=["x"], output_names=["y"])
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert "cos" in model.graph.initializers
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], torch.cos(x) + torch.tensor([1.0, 2.0]), atol=1e-6)
 
 
 @pytest.mark.parametrize("opset", sorted(onnx_files.OPSETS))

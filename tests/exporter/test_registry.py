@@ -61,6 +61,15 @@ def test_entries_are_read_without_importing(folder):
     assert index["c"].options == {}
 
 
+def test_settings_that_are_inherited_come_first(folder):
+    (folder / "one.py").write_text(
+        "class Plain:\n    depth: int = 2\n    width: int = 8\n"
+        "class Config(Plain):\n    depth: int = 3\n    name: str = 'x'\n"
+        '@register_thing("a", Config(width=9), summary="an a")\ndef make(config): ...\n'
+    )
+    assert [(o.name, o.default) for o in _registry().index["a"].options.values()] == [("depth", 3), ("width", 9), ("name", "x")]
+
+
 def test_a_packages_init_is_its_module(folder):
     (folder / "kind").mkdir()
     (folder / "kind" / "__init__.py").write_text('@register_thing("k", summary="s")\nclass K: ...\n')

@@ -436,6 +436,7 @@ def test_nonfinite():
     }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_memory_for_one_copy(tmp_path, device, dtype):

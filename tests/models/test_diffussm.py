@@ -183,6 +183,7 @@ def exported(spec, seed):
     return module, to_onnx(program, opset=20, input_names=("x", "t", "y"), output_names=("sample",))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "settings"), [("diffussm-tiny", {}), ("diffussm-digits", {"depth": 1})])
 def test_onnx_runtime_gives_the_same_at_any_batch(name, settings):
     spec = MODELS[name].spec(settings)
@@ -195,6 +196,7 @@ def test_onnx_runtime_gives_the_same_at_any_batch(name, settings):
         assert np.abs(got - expected).max() <= 1e-5 * np.ptp(expected)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("ssm_op", ["plugin", "decomposed", "onnx27"])
 def test_the_graph_has_as_many_nodes_for_every_length(ssm_op):
     def nodes(input_size):

@@ -139,6 +139,7 @@ def test_no_position_embedding():
     torch.testing.assert_close(attention(tokens[:, order]), attention(tokens)[:, order], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "settings"), [("sana-tiny", {}), ("sana-digits", {}), ("sana-tiny", {"patch_size": 2})])
 def test_torch_export_with_free_sizes(name, settings):
     spec = MODELS[name].spec(settings)

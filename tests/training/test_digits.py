@@ -14,7 +14,7 @@ from training.scan import differentiable_convolution, sequential_scan
 
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.weights import load_weights
-from isthmus.models.diffussm import causal_convolution, scan
+from isthmus.models.mamba import causal_convolution, scan
 
 TRAINED = ("dit-digits", "sana-digits", "diffussm-digits")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...op import OPS
 from ..native.torch_hook import with_native
 from ..recurrence import chunked
-from ..torch_library import define, split, wide
+from ..torch_library import define, read, split, wide
 
 
 def _compute(inputs: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -74,7 +74,8 @@ def linear_attention_step(
     if decay is not None:
         state = torch.exp(split(decay.to(dtype), kv_num_heads)).unsqueeze(-1) * state
     if beta is not None:
-        v = beta.to(dtype).unsqueeze(-1) * (v - (k.unsqueeze(-2) @ state).squeeze(-2))
+        v = beta.to(dtype).unsqueeze(-1) * (v - read(state, k))
     state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
-    y = (queries.reshape(len(q), kv_num_heads, repeats, -1) @ state) * (scale or k.shape[-1] ** -0.5)
-    return y.flatten(1).to(q.dtype), state
+    # One axis less where heads are not grouped: Core ML has five at most.
+    y = read(state, queries) if repeats == 1 else read(state.unsqueeze(2), queries.reshape(len(q), kv_num_heads, repeats, -1))
+    return (y * (scale or k.shape[-1] ** -0.5)).flatten(1).to(q.dtype), state

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...op import OPS
 from ..native.torch_hook import with_native
 from ..recurrence import chunked
-from ..torch_library import define, split, wide
+from ..torch_library import define, read, split, wide
 
 
 def _compute(inputs: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -47,7 +47,6 @@ def rwkv7_step(
     dtype = wide(r.dtype)
     reads, g, k, v, a, b = (split(x.to(dtype), num_heads) for x in (r, decay, k, v, a, b))
     state = state.to(dtype)
-    removed = a.unsqueeze(-2) @ state  # (batch, heads, 1, value)
+    removed = read(state, a).unsqueeze(-2)  # (batch, heads, 1, value)
     state = torch.exp(g).unsqueeze(-1) * state + b.unsqueeze(-1) * removed + k.unsqueeze(-1) * v.unsqueeze(-2)
-    y = (reads.unsqueeze(-2) @ state).squeeze(-2)
-    return y.flatten(1).to(r.dtype), state
+    return read(state, reads).flatten(1).to(r.dtype), state

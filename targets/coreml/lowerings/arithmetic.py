@@ -56,6 +56,25 @@ def log(x: Any) -> Any:
     return mb.log(x=_floating(x), epsilon=0.0)
 
 
+@lowering(aten.floor_divide.default)
+def floor_divide(x: Any, y: Any) -> Any:
+    """As coremltools makes float32 of the quotient of integers, which is no index then."""
+    if _is_integer(x) and _is_integer(y):
+        return mb.floor_div(x=x, y=y)
+    return mb.floor_div(x=_floating(x), y=_floating(y) if hasattr(y, "dtype") else float(y))
+
+
+@decomposition(aten.div.Tensor_mode)
+def div_rounded(x: Tensor, y: Any, *, rounding_mode: str | None = None) -> Any:
+    """As coremltools divides integers in float32."""
+    if rounding_mode is None or torch.result_type(x, y).is_floating_point:
+        return NotImplemented
+    if rounding_mode == "floor":
+        return torch.floor_divide(x, y)
+    sign = x.sign() * (y.sign() if isinstance(y, Tensor) else (1 if y > 0 else -1))
+    return torch.floor_divide(x.abs(), y.abs() if isinstance(y, Tensor) else abs(y)) * sign
+
+
 @decomposition(aten.remainder.Scalar_Tensor)
 def remainder(x: Any, y: Tensor) -> Tensor:
     """As coremltools has the overloads alone whose first operand is a tensor."""
@@ -190,6 +209,10 @@ def sgn(x: Tensor) -> Tensor:
 def heaviside(x: Tensor, values: Tensor) -> Tensor:
     """0 below zero, 1 above, and the values at zero."""
     return torch.where(x == 0, values, (x > 0).to(x.dtype))
+
+
+def _is_integer(x: Any) -> bool:
+    return bool(types.is_int(x.dtype)) if hasattr(x, "dtype") else isinstance(x, int)
 
 
 def _floating(x: Any) -> Any:

@@ -101,14 +101,20 @@ def check(op: CustomOp, outputs: dict[str, np.ndarray], reference: dict[str, np.
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "swept" in metafunc.fixturenames:
         rows = [
-            (op, name, case.name, dtype)
+            pytest.param((op, name, case.name, dtype), id=f"{op}-{name}-{case.name}-{dtype}", marks=_marks(name, case.name))
             for op in OPS
             for name, module in implementations().items()
             if OPS[op].has(module.PART)
             for case in cases(OPS[op])
             for dtype in module.DTYPES
         ]
-        metafunc.parametrize("swept", rows, ids=["-".join(row) for row in rows])
+        metafunc.parametrize("swept", rows)
+
+
+def _marks(implementation: str, case: str) -> tuple[pytest.MarkDecorator, ...]:
+    """The quick plugins launch the kernels of the others; long cases take Triton's interpreter long."""
+    slow = implementation == "tensorrt_quick" or (implementation == "triton_interpreter" and "long" in case)
+    return (pytest.mark.matrix,) if slow else ()
 
 
 @pytest.fixture

@@ -139,6 +139,7 @@ def test_what_passes_32_bits_is_refused():
 # What the compiler makes of the kernels.
 
 
+@pytest.mark.matrix
 def test_registers_shared_memory_and_spills_are_as_recorded():
     """Of two launches of each kernel function. `make kernels` compiles and checks all of them.
 
@@ -187,6 +188,7 @@ def test_the_check_names_every_difference(tmp_path, capsys):
 ELSEWHERE = [(n, architecture) for n in WITH for architecture in ("sm_89", "sm_120") if (n, architecture) != ("rwkv7", "sm_89")]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "architecture"), ELSEWHERE)
 def test_every_kernel_compiles_for_the_other_architectures(name, architecture):
     for plan, launch in _half(name):

@@ -93,6 +93,26 @@ def test_the_angle_of_a_timestep_embedding_is_computed_in_float32() -> None:
     np.testing.assert_array_equal(run(model, t), run(before, t))
 
 
+def test_the_product_that_an_argmin_chooses_from_is_computed_in_float32() -> None:
+    w = np.ones((8, 8), np.float32)
+    model = parse(
+        "g (float[4,8] x, float[8,8] w) => (int64[4] y) { h = MatMul(x, w)\n t = Tanh(h)\n s = Neg(t)\n d = MatMul(s, w)\n e = Add(d, d)\n "
+        "y = ArgMin<axis=-1, keepdims=0>(e) }",
+        w=w,
+    )
+    model.graph[-1].outputs[0].dtype = ir.DataType.INT64
+    ToHalf()(model)
+    assert single(model) == ["Neg", "MatMul", "Add", "ArgMin"]
+
+
+def test_floats_of_integers_stay_exact() -> None:
+    third = np.array(1 / 3, np.float32)
+    model = parse("g (int64[4] i, float third) => (float[4] y) { f = Cast<to=1>(i)\n y = Mul(f, third) }", third=third)
+    ToHalf()(model)
+    assert single(model) == ["Cast", "Mul"]
+    np.testing.assert_array_equal(run(model, np.arange(4)), np.arange(4, dtype=np.float32) * third)
+
+
 def test_linear_attention_divides_before_it_leaves_float32() -> None:
     model = parse(
         "g (float[1,64,16] q, float[1,16,64] k, float[1,64,16] v, float[1,64,1] o) => (float[1,64,16] y) "

@@ -11,7 +11,7 @@ import pytest
 from isthmus.exporter.errors import IsthmusError
 from isthmus.exporter.grids import Interval, RoundedWeight
 from isthmus.exporter.passes.fp8_layers import Layer, select
-from isthmus.exporter.passes.quantize_int8 import QuantizeInt8, choose, stored, weight_scales
+from isthmus.exporter.passes.quantize_int8 import QuantizeInt8, choose, kernel_scales, stored, weight_scales
 from isthmus.exporter.passes.scope import MODULE
 
 RNG = np.random.Generator(np.random.PCG64(0))
@@ -168,9 +168,92 @@ def test_what_integers_do_not_take_is_left_with_a_reason():
         a = Attention (q, q, q) }"""
     model = model_of(text, {"k": normal(16, 16, 1, 1), "w0": normal(16, 32), "w1": normal(32, 32), "w2": normal(32, 32)})
     layers, excluded = choose(select(model, include=["*"]), model)
-    assert [layer.node for layer in layers] == ["up", "z"]
+    assert [(layer.node, layer.observed) for layer in layers] == [
+        ("first", ("x", "first")), ("y", ("first", "y")), ("up", ("c",)), ("z", ("last",))
+    ]  # fmt: skip
     reasons = {e.node: e.reason.partition(":")[0] for e in excluded}
-    assert reasons == {"first": "a convolution", "y": "a convolution", "down": "a Gemm with factors", "a": "attention"}
+    assert reasons == {"down": "a Gemm with factors", "a": "attention"}
+
+
+# Convolutions.
+
+CONVOLUTIONS = """f (float[b, 16, 6, 6] x) => (float[b, 32, 6, 6] z, float[b, 16, 3, 3] y) {
+    p = Conv <pads = [1, 1, 1, 1]> (x, k0, b0) r = Relu (p) q = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (r, k1, b1) y = Sigmoid (q)
+    z = Add (r, r) }"""
+RANGES = {"x": Interval(-3.0, 3.0), "r": Interval(0.0, 2.5), "q": Interval(-2.0, 2.5)}
+
+
+def rounded(x, interval):
+    scale, zero = stored(interval)
+    return ((np.clip(np.rint(x / scale) + zero, 0, 255)) - zero) * float(scale)
+
+
+def convolved(x, kernel, bias, interval, stride=1):
+    """In float64, with weights on their own scales and the bias as ONNX Runtime stores it."""
+    factors = weight_scales(kernel, 0).astype(np.float64)
+    codes = np.rint(kernel / factors[:, None, None, None].astype(np.float32))
+    step = factors * float(stored(interval)[0])
+    padded = np.pad(rounded(x, interval), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))[:, :, ::stride, ::stride]
+    return np.einsum("ncijhw,ochw->noij", windows, codes * factors[:, None, None, None]) + (np.rint(bias / step) * step)[:, None, None]
+
+
+def convolutions():
+    weights = {"k0": normal(32, 16, 3, 3) / 12, "b0": normal(32) / 4, "k1": normal(16, 32, 3, 3) / 17, "b1": normal(16) / 4}
+    model = model_of(CONVOLUTIONS, weights)
+    layers, _ = choose(select(model, include=["*"]), model)
+    assert [(layer.node, layer.observed) for layer in layers] == [("p", ("x", "r")), ("q", ("r", "q"))]
+    QuantizeInt8(layers, RANGES)(model)
+    return model, weights
+
+
+def test_a_convolution_computes_in_integers_with_its_relu(tmp_path):
+    model, weights = convolutions()
+    assert [node.op_type for node in model.graph] == [
+        "QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "Conv", "Relu", "QuantizeLinear", "DequantizeLinear",
+        "DequantizeLinear", "Conv", "QuantizeLinear", "DequantizeLinear", "Sigmoid", "Add",
+    ]  # fmt: skip
+    assert not {"k0", "k1"} & set(model.graph.initializers)
+    assert {"b0", "b1"} <= set(model.graph.initializers)
+    proto, options = ir.to_proto(model), onnxruntime.SessionOptions()
+    onnx.checker.check_model(proto, full_check=True)
+    options.optimized_model_filepath = str(tmp_path / "made.onnx")
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "made.onnx").graph.node]
+    assert operators.count("QLinearConv") == 2
+    assert not {"Conv", "Relu"} & set(operators)
+    x = normal(2, 16, 6, 6)
+    z, y = session.run(None, {"x": x})
+    r = rounded(np.maximum(convolved(x, weights["k0"], weights["b0"], RANGES["x"]), 0), RANGES["r"])
+    q = rounded(convolved(r, weights["k1"], weights["b1"], RANGES["r"], stride=2), RANGES["q"])
+    # Sums are float32 on one side and integers on the other: where a value lies between two codes, either may be taken.
+    steps = {name: float(stored(interval)[0]) for name, interval in RANGES.items()}
+    assert np.abs(z - 2 * r).max() <= 2.01 * steps["r"]
+    assert np.mean(np.abs(z - 2 * r) > 1e-4) < 0.01
+    assert np.abs(y - 1 / (1 + np.exp(-q))).max() <= 2 * steps["q"]
+    exact = run(model, {"x": x})
+    for a, b in zip((z, y), exact, strict=True):
+        assert np.mean(np.abs(a - b) > 1e-4) < 0.02
+
+
+def test_an_output_of_the_graph_stays_in_float32():
+    model = model_of("f (float[b, 16, 4, 4] x) => (float[b, 16, 4, 4] y) { y = Conv (x, k) }", {"k": normal(16, 16, 1, 1)})
+    QuantizeInt8([Layer("y", "net.y", "weight", ("x", "y"), 0)], {"x": RANGE, "y": RANGE})(model)
+    assert [node.op_type for node in model.graph] == ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "Conv"]
+    assert [v.name for v in model.graph.outputs] == ["y"]
+
+
+def test_the_scales_of_a_kernel_leave_the_bias_its_bits():
+    kernel = normal(4, 16, 3, 3)
+    kernel[1], kernel[2] = 0, kernel[2] * 1e-12
+    bias = np.float32([1, 1, 1, 0])
+    scales = kernel_scales(kernel, bias, 0.01)
+    np.testing.assert_allclose(scales[[0, 3]], weight_scales(kernel, 0)[[0, 3]])
+    assert np.all(np.abs(bias) / (0.01 * scales.astype(np.float64)) < 2**31)
+    step = 0.01 * scales[1]
+    assert abs(np.rint(1 / step) * step - 1) < 1e-5
+    np.testing.assert_array_equal(kernel_scales(kernel, None, 0.01), weight_scales(kernel, 0))
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,28 @@ def test_a_loop_runs_as_often_as_its_condition_says(coreai, is_close):
     assert is_close(result, x * 0.5**want)
 
 
+@pytest.mark.xdist_group("coreai interfaces")
+def test_a_branch_of_attention_takes_a_range_of_sizes(coreai, is_close):
+    """Two faults of the libraries: results of normalisations are not listed in branches, and layers of sequences end the process there."""
+    query, key, out = (torch.nn.Linear(8, 8) for _ in range(3))
+    norm = torch.nn.LayerNorm(8)
+
+    def attend(x):
+        q, k = (layer(norm(x)).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (query, key))
+        return out(F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2))
+
+    def branching(x):
+        return (torch.cond(x.sum() > 0, lambda x: x.clone(), attend, (x,)),)
+
+    sizes = {0: Dim("batch", max=16), 1: Dim("tokens", max=64)}
+    path, names = coreai.asset(_module(branching), (_normal(2, 5, 8),), dynamic=((sizes,),))
+    with CoreAIRunner(path, {}, timeout=60) as runner, torch.no_grad():
+        for batch, tokens in ((2, 5), (1, 1), (3, 17)):
+            x = _normal(batch, tokens, 8).abs()
+            assert is_close(runner.run({names[0]: x.numpy()})["out0"], x)
+            assert is_close(runner.run({names[0]: -x.numpy()})["out0"], attend(-x))
+
+
 def test_a_loop_whose_condition_would_overwrite_what_is_carried_is_refused(coreai):
     def halved(x):
         def unfinished(i, x):

@@ -188,6 +188,7 @@ def families_of(calls):
 
     MASK = normal(2, 1, 6, 5, seed=9) > -0.5
     MASK[..., 0] = True  # every query has a key
+    HEAD_BIAS = normal(6, 6, 4, seed=10).permute(2, 0, 1).unsqueeze(0)  # as a table of offsets is read
     attend = F.scaled_dot_product_attention
 
     families["attention"] = Family(
@@ -208,6 +209,9 @@ def families_of(calls):
             "mask": lambda q, k, v, mask: attend(q, k, v, mask),
             "mask and scale": lambda q, k, v, mask: attend(q, k, v, mask, scale=0.3),
             "infinite bias": lambda q: attend(q, q, q, attn_mask=torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1) > 0, -INF)),
+            "bias for each head, heads split and joined": lambda q: (
+                attend(*(q.transpose(1, 2).contiguous().transpose(1, 2),) * 3, HEAD_BIAS).transpose(1, 2).flatten(2)
+            ),
             "no key": lambda q: attend(q, q, q, attn_mask=torch.ones(6, 6).triu(1) > 0),
             "no key, infinite bias": lambda q: attend(q, q, q, attn_mask=torch.zeros(6, 6).masked_fill(torch.ones(6, 6).tril() > 0, -INF)),
             "grouped": lambda q, k, v: attend(q, k[:, :2], v[:, :2], enable_gqa=True),

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import isthmus
@@ -30,7 +31,7 @@ class Two(nn.Module):
 
     def forward(self, x, keep, index, time):
         y = self.second(torch.tanh(self.first(x * self.scale)) * keep)
-        return y[:, index[0]] * time, (x > 0), y.argmax(-1), y.sum()
+        return y[:, index[0]] * time, (x > 0), y.softmax(-1).argmax(-1), y.sum()
 
 
 def given(seed=0):
@@ -132,6 +133,33 @@ def test_angles_stay_in_float32():
         expected = module(t).numpy()
     (got,) = Interpreter(load(model)).run({"t": t.numpy()}).values()
     assert 20 * np.log10(np.ptp(expected) / np.sqrt(np.mean((got - expected) ** 2))) > 60
+
+
+class Nearest(nn.Module):
+    """A layer, the nearest of 16 vectors to what it gives, and the thirds that the choice stands for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.vectors = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        y = F.gelu(self.layer(x))
+        index = (self.vectors.square().sum(-1) / 2 - y @ self.vectors.T).argmin(-1)
+        return index, (index.float() - 8) * (1 / 3)
+
+
+def test_what_decisions_are_made_of_stays_in_float32():
+    torch.manual_seed(0)
+    module = Nearest().eval()
+    x = torch.randn(4, 8)
+    with quiet():
+        model = convert(trace(module, {"x": x}), "fp16", input_names=["x"])
+    assert computed(model) == [("linear", "fp16"), ("linear", "fp32"), ("mul", "fp32")]
+    with torch.no_grad():
+        expected = [value.numpy() for value in module(x)]
+    for got, value in zip(Interpreter(load(model)).run({"x": x.numpy()}).values(), expected, strict=True):
+        np.testing.assert_array_equal(got, value)
 
 
 def test_the_modules_of_values_are_written_down():

@@ -19,7 +19,11 @@ from isthmus.targets.coreml.support import DROPPED, NO_EFFECT, unsupported
 # torch 2.13 copies a class that it deprecates itself, when a program is copied.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
-SMALL = [name for name in MODELS if name.endswith("-tiny")]
+SMALL = [
+    pytest.param(name, marks=() if name in ("dit-tiny", "sana-tiny", "diffussm-tiny") else (pytest.mark.matrix,))
+    for name in MODELS
+    if name.endswith("-tiny")
+]
 X = torch.zeros(2, 3, 4)
 IMAGE = torch.zeros(1, 3, 6, 6)
 
