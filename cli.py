@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_KINDS = ("models", "targets", "ops", "calibrators")
+_KINDS = ("models", "targets", "ops", "calibrators", "analyses")
 
 
 # isthmus, list, doctor
@@ -52,20 +52,21 @@ def main() -> None:
 
 
 def _registries() -> dict[str, Registry[Any]]:
+    from isthmus.calibration.analysis import ANALYSES
     from isthmus.calibration.calibrator import CALIBRATORS
     from isthmus.exporter.op import OPS
     from isthmus.exporter.spec import MODELS
     from isthmus.exporter.target import TARGETS
 
-    return {"models": MODELS, "targets": TARGETS, "ops": OPS, "calibrators": CALIBRATORS}
+    return {"models": MODELS, "targets": TARGETS, "ops": OPS, "calibrators": CALIBRATORS, "analyses": ANALYSES}
 
 
-@main.command("list", short_help="List models, targets, ops and calibrators.")
+@main.command("list", short_help="List models, targets, ops and more.")
 @click.argument("kind", type=click.Choice(_KINDS), required=False)
 @format_option(("table", "json"))
 @common
 def list_command(kind: str | None, style: str) -> None:
-    """Lists what exists: models, targets, operators and calibrators."""
+    """Lists what exists: models, targets, operators, calibrators and analyses."""
     registries = {name: registry for name, registry in _registries().items() if kind in (None, name)}
     if style == "json":
         print_json({name: _operators() if name == "ops" else _entries(registry) for name, registry in registries.items()})
@@ -193,6 +194,8 @@ def _calibration_options(command: F) -> F:
 @click.option("--inputs", cls=Option, metavar="MODULE:CALLABLE", help="Returns the example inputs of a module:callable MODEL.")
 @click.option("--dynamic", cls=Option, multiple=True, metavar="NAME:AXIS=MIN,OPT,MAX", help="Makes an input's axis dynamic; repeatable.")
 @_calibration_options
+@click.option("--calibration-table", cls=Option, metavar="FILE", type=click.Path(path_type=Path),
+              help="The ranges, in place of data: what `isthmus calibrate` wrote, or calibration.json of another bundle.")  # fmt: skip
 @click.option("--weight-rounding", cls=Option, type=click.Choice(["nearest", "gptq"]),
               help="How weights are quantised; gptq lets errors make up for each other. [default: nearest]")  # fmt: skip
 @click.option("--smooth", cls=Option, type=Number(float, 0.0, 1.0), metavar="ALPHA",
@@ -285,6 +288,8 @@ def calibrate(ctx: click.Context, /, style: str, **given: Any) -> None:
 @click.option("--precision", cls=Option, type=click.Choice(["fp8", "int8"]), help="The low precision.")
 @click.option("--min-sqnr", cls=Option, type=_bound, metavar="DB", help="The least SQNR of the output, against float32, in dB.")
 @click.option("--min-psnr", cls=Option, type=_bound, metavar="DB", help="The least PSNR of the pictures that the sampler draws, in dB.")
+@click.option("--max-lpips", cls=Option, type=_bound, metavar="X",
+              help="Their largest mean LPIPS-style distance (EfficientNet-Lite0 features, no learned heads).")  # fmt: skip
 @click.option("-o", "--output", cls=Option, type=click.Path(path_type=Path), metavar="FILE", help="The recipe, such as recipe.yaml.")
 @click.option("--target", cls=Option, metavar="NAME", help="Whose layers. [default: tensorrt for fp8, onnxruntime for int8]")
 @click.option("--opset", cls=Option, type=Number(int, 1, 1000), metavar="N", help="ONNX opset of the graph. [default: the target's]")

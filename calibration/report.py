@@ -1,8 +1,8 @@
 """The accuracy report of a bundle: `report.json` for programs, `report.html` for people.
 
 Both say the same. The page is one file that fetches nothing, see `page`. `write_report` runs before the manifest is written, which then
-hashes its files; `render` makes the page again from `manifest.json`, `report.json`, `calibration.json`, `diff.json`, `tune.json` and the
-pictures under `report/`, byte for byte the same while these are.
+hashes its files; `render` makes the page again from `manifest.json`, `report.json`, `calibration.json`, `diff.json`, `tune.json`,
+`analyses.json` and the pictures under `report/`, byte for byte the same while these are.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Decibel, Manifest, OutputMetrics, Table, Verdict, read_manifest, write_text
-from ..exporter.errors import IntegrityError
+from ..exporter.errors import IntegrityError, MachineError
 from ..exporter.ranges import FILE as CALIBRATION
 from ..exporter.ranges import Bounds, Observed, read_table
 from ..exporter.spec import Samples, Tolerance
+from .analysis_report import read_analyses
 from .charts import Spread, saturated, spread, stage_chart
 from .command import command_of
 from .figures import amplification, write_png
 from .metrics import compare, misses
 from .module_report import read_modules
 from .page import data_uri, render_page
+from .perceptual import lpips_style
 from .similarity import ssim
 from .tune_report import tune_of
 from .weight_ranges import NAME as WEIGHTS
@@ -85,6 +87,7 @@ class PictureRow(_Strict):
         difference: What is between them.
         psnr_db: PSNR with white - black as the peak, dB; None in reports of earlier versions.
         ssim: Structural similarity, see `similarity.ssim`; None in reports of earlier versions.
+        lpips_style: See `perceptual.lpips_style`; None in reports of earlier versions, and where the network's weights are not installed.
     """
 
     caption: str
@@ -93,6 +96,7 @@ class PictureRow(_Strict):
     difference: _PicturePath
     psnr_db: Decibel | None = None
     ssim: Decibel | None = None
+    lpips_style: Decibel | None = None
 
 
 class PictureGrid(_Strict):
@@ -105,6 +109,9 @@ class PictureGrid(_Strict):
         metrics: Of all samples together, end to end.
         ssim: The mean structural similarity of all samples; None in reports of earlier versions.
         worst_ssim: The least of a sample; None in reports of earlier versions.
+        lpips_style: The mean LPIPS-style distance of all samples; None as in `PictureRow`.
+        worst_lpips_style: The greatest of a sample; None as in `PictureRow`.
+        lpips_style_missing: Why it was not measured, and what to install.
     """
 
     rows: tuple[PictureRow, ...]
@@ -113,6 +120,9 @@ class PictureGrid(_Strict):
     metrics: OutputMetrics
     ssim: Decibel | None = None
     worst_ssim: Decibel | None = None
+    lpips_style: Decibel | None = None
+    worst_lpips_style: Decibel | None = None
+    lpips_style_missing: str = ""
 
 
 class MissedBound(_Strict):
@@ -276,6 +286,12 @@ def _write_pictures(folder: Path, pictures: Pictures) -> PictureGrid:
         difference = np.abs(candidate.astype(np.float64) - reference.astype(np.float64))
     factor = amplification(difference)
     similar = [ssim(r, c) for r, c in zip(reference, candidate, strict=True)]
+    distances: list[float] = []
+    missing = ""
+    try:
+        distances = lpips_style(reference, candidate)
+    except MachineError as error:
+        missing = f"{error.message}: {error.hint}"
     rows = []
     for i, caption in enumerate(pictures.reference.captions[:MAX_PICTURES]):
         row = PictureRow(
@@ -285,6 +301,7 @@ def _write_pictures(folder: Path, pictures: Pictures) -> PictureGrid:
             difference=f"report/{i:02d}-difference.png",
             psnr_db=_psnr(difference[i]),
             ssim=similar[i],
+            lpips_style=distances[i] if distances else None,
         )
         write_png(folder / row.pytorch, reference[i])
         write_png(folder / row.artifact, candidate[i])
@@ -297,6 +314,9 @@ def _write_pictures(folder: Path, pictures: Pictures) -> PictureGrid:
         metrics=compare(reference, candidate, case="samples", output="images"),
         ssim=float(np.mean(similar)) if similar else None,
         worst_ssim=float(np.min(similar)) if similar else None,
+        lpips_style=float(np.mean(distances)) if distances else None,
+        worst_lpips_style=float(np.max(distances)) if distances else None,
+        lpips_style_missing=missing,
     )
 
 
@@ -428,6 +448,7 @@ def _page(folder: Path, report: Report) -> str:
         weights=next((t for t in report.tables if t.name == WEIGHTS), None),
         modules=read_modules(folder),
         tune=tune_of(folder),
+        analyses=read_analyses(folder),
         histograms=_histograms(report),
         images={name: data_uri(folder, name) for row in rows for name in (row.pytorch, row.artifact, row.difference)},
         pictures_a_line=-(-len(rows) // lines) or 1,

@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isthmus.analysing import AnalysisResult
     from isthmus.calibrating import CalibrateResult
     from isthmus.differences import BisectResult, DiffResult
     from isthmus.embedding import EmbedResult
-    from isthmus.pipeline import bisect, build, calibrate, compare_reports, diff, embed, export, inspect, report, tune, verify
+    from isthmus.pipeline import analyse, bisect, build, calibrate, compare_reports, diff, embed, export, inspect, report, tune, verify
     from isthmus.results import BuildResult, ExportResult, VerifyResult
     from isthmus.tuning import TuneResult
 
 __version__ = "0.1.0"
 __all__ = [
+    "AnalysisResult",
     "BisectResult",
     "BuildResult",
     "CalibrateResult",
@@ -26,6 +28,7 @@ __all__ = [
     "TuneResult",
     "VerifyResult",
     "__version__",
+    "analyse",
     "bisect",
     "build",
     "calibrate",

@@ -14,6 +14,7 @@ from isthmus.exporter.errors import AccuracyError, UsageError
 from isthmus.parameters import Number, common, format_option, quiet
 from isthmus.terminal import (
     Progress,
+    print_analysed,
     print_built,
     print_embedded,
     print_fields,
@@ -62,12 +63,34 @@ def build(bundle: Path, force: bool, trust: bool, style: str) -> int:
 
 @click.command(short_help="Check a bundle's files, then its accuracy.")
 @_bundle
+@click.option(
+    "--analysis",
+    "analyses",
+    multiple=True,
+    metavar="NAME",
+    help="Then analyse what of the model's behaviour survives: a name of `isthmus list analyses`, or all; repeatable.",
+)
+@click.option("--rows", type=Number(int, 1, 2**20), metavar="N", help="With --analysis: how many rows of inputs are drawn. [default: 256]")
+@click.option("--seed", type=Number(int, 0, 2**63 - 1), metavar="N", help="With --analysis: of their drawing. [default: 0]")
+@click.option("--model", metavar="MODULE:CALLABLE", help="With --analysis: makes the PyTorch module, for a model that is not registered.")
+@click.option("--weights", type=click.Path(path_type=Path), metavar="PATH", help="With --analysis: the weights that the export was given.")
 @click.option("--trust", is_flag=True, help="Take engines and libraries that were not made with the bundle; they can run any code.")
 @format_option()
 @common
-def verify(bundle: Path, trust: bool, style: str) -> int:
-    """Checks BUNDLE's integrity (sha256), then its accuracy again."""
+def verify(bundle: Path, analyses: tuple[str, ...], trust: bool, style: str, **given: Any) -> int:
+    """Checks BUNDLE's integrity (sha256), then its accuracy again. With --analysis, compares figures of the model's behaviour with
+    PyTorch's, and puts them into the report; ends with 3 when one is further away than it may be.
+    """
     _opened(bundle)
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not analyses:
+        raise UsageError(f"--{next(iter(given))} is for --analysis", hint="isthmus verify BUNDLE --analysis all")
+    if analyses:
+        from isthmus.calibration.analysis import ANALYSES
+
+        for name in analyses:
+            if name != "all":
+                ANALYSES.entry(name)
     quiet()
     from isthmus import pipeline
 
@@ -77,11 +100,18 @@ def verify(bundle: Path, trust: bool, style: str) -> int:
         if style == "text":
             print_verified(error.result)
         raise
-    if style == "json":
-        print_json(result.summary())
-    else:
+    if style == "text":
         print_verified(result)
-    return result.exit_code
+    if not analyses:
+        if style == "json":
+            print_json(result.summary())
+        return result.exit_code
+    found = pipeline.analyse(bundle, analyses, trust=trust, progress=Progress(), **given)
+    if style == "json":
+        print_json({**result.summary(), "analyses": found.summary(), "exit_code": max(result.exit_code, found.exit_code)})
+    else:
+        print_analysed(found)
+    return max(result.exit_code, found.exit_code)
 
 
 @click.command(short_help="Check a graph against its target's rules.")

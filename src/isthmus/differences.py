@@ -154,7 +154,7 @@ def bisect(
         IsthmusError: PyTorch or a stage fails.
     """
     step = (progress or Silent()).step
-    opened = _open(bundle, cases, trust=trust, step=step)
+    opened = open_bundle(bundle, cases, trust=trust, step=step)
     with step("building the model"):
         source = rebuild(opened.manifest, opened.example, model=model, weights=weights)
     reference = Reference(source.module, source.example)
@@ -199,7 +199,7 @@ def diff(
     sides = [side for side in (a, b) if str(side) != TORCH]
     if not sides:
         raise UsageError("both sides are PyTorch", hint="give a bundle's folder in the place of one")
-    opened = [_open(Path(side), cases if i == len(sides) - 1 else (), trust=trust, step=step) for i, side in enumerate(sides)]
+    opened = [open_bundle(Path(side), cases if i == len(sides) - 1 else (), trust=trust, step=step) for i, side in enumerate(sides)]
     judged = opened[-1]
     if len(opened) == 2 and (reasons := _incomparable(opened[0].manifest, judged.manifest)):
         raise UsageError(f"{a} and {b} cannot be compared", reasons=reasons, hint="compare bundles of one model, with one set of weights")
@@ -244,7 +244,7 @@ def errors_by_timestep(
         IntegrityError, IsthmusError: See `bisect`.
     """
     step = (progress or Silent()).step
-    opened = _open(bundle, (), trust=trust, step=step)
+    opened = open_bundle(bundle, (), trust=trust, step=step)
     with step("building the model"):
         source = rebuild(opened.manifest, opened.example, model=None, weights=weights)
     sampler = sampler_of(source)
@@ -286,7 +286,19 @@ class Opened:
         return TARGETS[self.manifest.target]()
 
 
-def _open(folder: Path, wanted: Sequence[str], *, trust: bool, step: Callable[[str], Any]) -> Opened:
+def open_bundle(folder: Path, wanted: Sequence[str], *, trust: bool, step: Callable[[str], Any]) -> Opened:
+    """Reads a bundle whose files are what its manifest says.
+
+    Args:
+        folder: Its folder.
+        wanted: The cases to use; all when none is named.
+        trust: See `verify`.
+        step: Told of every step.
+
+    Raises:
+        UsageError: The folder is not a bundle, or has no such case.
+        IntegrityError: A file is changed, missing or additional.
+    """
     manifest = bundles.read_manifest(folder)
     with step(f"checking the files of {folder.name}"):
         bundles.check_integrity(folder, manifest, trusted=TARGETS[manifest.target]().engines(manifest) if trust else ())

@@ -10,21 +10,26 @@ held at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from isthmus.analysing import AnalysisResult, analyse
 from isthmus.calibrating import (
+    ROUNDINGS,
     CalibrateResult,
     calibrate,
+    calibrates,
+    check_table,
     draw_data,
     read_data,
     readers,
@@ -40,9 +45,12 @@ from isthmus.calibration.metrics import DEFAULT_TOLERANCES
 from isthmus.calibration.observe import Observer, check_graph
 from isthmus.calibration.recipe import Recipe, read_recipe
 from isthmus.calibration.report import Pictures, write_report
-from isthmus.calibration.table import calibration_table, report_table
+from isthmus.calibration.statistics import Gathering
+from isthmus.calibration.table import calibration_table as calibration_table_of
+from isthmus.calibration.table import report_table
 from isthmus.calibration.traced import check_rounded, check_trace
 from isthmus.calibration.verify import SAMPLE_TOLERANCES, SAMPLES, module_runner, run_stage, to_array
+from isthmus.calibration.weights import gathering
 from isthmus.differences import BisectResult, DiffResult, bisect, diff
 from isthmus.embedding import EmbedResult, embed
 from isthmus.exporter import bundle as bundles
@@ -67,6 +75,7 @@ from isthmus.results import BuildResult, ExportResult, Progress, Silent, VerifyR
 from isthmus.tuning import TuneResult, tune
 
 __all__ = [
+    "AnalysisResult",
     "BisectResult",
     "BuildResult",
     "CalibrateResult",
@@ -75,6 +84,7 @@ __all__ = [
     "ExportResult",
     "TuneResult",
     "VerifyResult",
+    "analyse",
     "bisect",
     "build",
     "calibrate",
@@ -108,6 +118,7 @@ def export(
     calibration_size: int | None = None,
     calibration_method: str | None = None,
     calibration_preprocess: str | None = None,
+    calibration_table: Path | None = None,
     weight_rounding: str | None = None,
     smooth: float | None = None,
     recipe: Recipe | Path | None = None,
@@ -141,8 +152,9 @@ def export(
         calibration_size: Number of sets of calibration inputs.
         calibration_method: How ranges are chosen, a registered calibrator: `max` by default.
         calibration_preprocess: What becomes of pictures, see `exporter.preprocess`.
-        weight_rounding: How weights are rounded in precisions that are calibrated: `nearest`, the default, or `gptq` (see
-            `calibration.rounding`).
+        calibration_table: The ranges themselves, in place of data: a file that `calibrate` wrote, or `calibration.json` of another bundle.
+        weight_rounding: How weights are rounded in precisions that are calibrated or have a target's `rounded` weights: `nearest`, the
+            default, or `gptq` (see `calibration.rounding`).
         smooth: The alpha of SmoothQuant, from 0 to 1, see `passes.smooth_activations`; by default activations stay as they are.
         recipe: What `tune` found, or its file: precision, patterns of modules, and how ranges and weights are chosen. What else is asked
             for must not contradict it.
@@ -181,23 +193,14 @@ def export(
     opset = _choose_opset(chosen, opset)
     chosen.check_machine(resolved)
     check_size(calibration_size)
-    calibrated = precision in chosen.calibrated
+    calibrated = calibrates(
+        chosen, precision, data=calibration_data, size=calibration_size, method=calibration_method, preprocess=calibration_preprocess,
+        table=calibration_table, rounding=weight_rounding, smooth=smooth,
+    )  # fmt: skip
     method = CALIBRATORS.entry(calibration_method or "max").name
     preprocess = parse_preprocess(calibration_preprocess) if calibration_preprocess is not None else None
-    asked = (calibration_data, calibration_size, calibration_method, calibration_preprocess, weight_rounding, smooth)
-    weight_rounding = _choose("weight rounding", weight_rounding, ("nearest", "gptq"))
-    if smooth is not None and not 0 <= smooth <= 1:
-        raise UsageError(f"smooth: got {smooth}, expected a number from 0 to 1")
-    if not calibrated and any(value is not None for value in asked):
-        raise UsageError(
-            f"{target} in {precision} is not calibrated, so calibration data has no use",
-            hint=f"leave it out, or choose --precision {' or '.join(chosen.calibrated)}" if chosen.calibrated else "leave it out",
-        )
-    if not chosen.opsets and (smooth is not None or weight_rounding == "gptq" or method != "max"):
-        raise UsageError(
-            f"{target} in {precision} is calibrated on the PyTorch program, by the largest |value| and with weights rounded to nearest",
-            hint="leave --calibration-method, --weight-rounding and --smooth out: they are for targets that take ONNX",
-        )
+    weight_rounding = _choose("weight rounding", weight_rounding, ROUNDINGS)
+    given = ranges.read_table(calibration_table) if calibration_table is not None else None
     check_preprocess(calibration_data, preprocess)
     destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
     if not dry_run:
@@ -217,7 +220,13 @@ def export(
         # Weights from a file were checked as they were read.
         if source.weights.origin == "module" and (reasons := nonfinite(source.module)):
             raise IsthmusError("the weights are not finite", reasons=reasons, hint="check the training run or the conversion of this file")
-        data = read_data(source, calibration_data, seed=seed, size=calibration_size, preprocess=preprocess) if calibrated else None
+        data = (
+            read_data(source, calibration_data, seed=seed, size=calibration_size, preprocess=preprocess)
+            if calibrated and given is None
+            else None
+        )
+        if given is not None:
+            check_table(given, calibration_table, source)
     cases = (
         cases_of_spec(dataclasses.replace(source.spec, dynamic=source.dynamic, ranges=source.ranges), source.sizes, seed)
         if source.spec
@@ -239,7 +248,7 @@ def export(
         # The steps' cases, and the one of the whole sampler where it is asked for.
         all_inputs = {**arrays, **({SAMPLES: dict(noise)} if in_graph else {})}
         all_outputs = {**reference, **({SAMPLES: dict(latents)} if in_graph else {})}
-        if calibrated and data is None:
+        if calibrated and given is None and data is None:
             data = draw_data(source, run, seed=seed, size=calibration_size)
         notes = (
             []
@@ -259,10 +268,14 @@ def export(
             stages.append(check_rounded(program, source.example, arrays, reference, half, peaks, bounds))
     dimensions = dimension_names(program, source.dynamic, source.example)
     onnx_model = None
-    if opset is not None:
+    if opset is not None or calibrated:  # every target's ranges are those of the same graph
         with step("translating to ONNX"):
             onnx_model = onnx_files.to_onnx(
-                program, opset=opset, input_names=list(source.example), output_names=names, dimension_names=dimensions
+                program,
+                opset=opset or onnx_files.OPSETS[0],
+                input_names=list(source.example),
+                output_names=names,
+                dimension_names=dimensions,
             )
         with step("optimising the graph"):
             onnx_model = optimise(onnx_model)
@@ -292,7 +305,8 @@ def export(
             "seed": seed,
             "batch_size": batch_size,
             "sampler": sampler,
-            **({"weight_rounding": weight_rounding, "smooth": smooth} if calibrated else {}),
+            **({"weight_rounding": weight_rounding, "smooth": smooth} if calibrated or precision in chosen.rounded else {}),
+            **({"calibration_table": ranges.FILE} if given is not None else {}),
             **({"recipe": recipe.sha256()} if isinstance(recipe, Recipe) else {}),
             "settings": json_values(settings or {}),
             "dynamic": {f"{name}:{axis}": size for name, axes in source.dynamic.items() for axis, size in axes.items()},
@@ -307,8 +321,10 @@ def export(
         stages=tuple(stages),
         versions=tool_versions(),
     )
-    observed = chosen.observed(job) if data is not None and job.model is not None else ()
-    warnings = warnings_of(data)
+    observed = chosen.observed(job) if calibrated else ()
+    if given is not None:
+        given.require(observed, ACTIVATION_GRIDS[precision])
+    warnings = warnings_of(data if given is None else given.data)
     if dry_run:
         return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
 
@@ -318,33 +334,43 @@ def export(
         _check_space(folder, copies * source.weights.bytes)
         used: dict[str, object] = {}  # what the manifest says of the calibration
         observed_table: list[Table] = []
-        if data is not None:
-            used = data.summary()
-            job = dataclasses.replace(job, samples=data.sets)
-        if data is not None and job.model is not None:
-            with step("calibrating"):
+        if calibrated:
+            with step("calibrating"), _settled():
                 job, smoothed = smoothed_job(job, observed, data, smooth)
                 notes += smoothed
                 observer = Observer(job.onnx, observed)
-                table = calibration_table(
-                    observer.observe(data),
-                    data,
-                    method=method,
-                    grids=ACTIVATION_GRIDS[precision],
-                    model=source.name,
-                    weights=source.weights.sha256,
-                    seed=seed,
-                    modules=readers(job.onnx, observed),
-                )
+                gathered: Gathering | None = None
+                layers = chosen.quantised(job) if weight_rounding == "gptq" and data is not None else ()
+                if data is not None:
+                    if layers:
+                        gathered = gathering(job.onnx, layers, len(data.sets))
+                    table = calibration_table_of(
+                        observer.observe(data, tell=gathered.see if gathered is not None else None),
+                        data,
+                        method=method,
+                        grids=ACTIVATION_GRIDS.get(precision, ()),
+                        model=source.name,
+                        weights=source.weights.sha256,
+                        seed=seed,
+                        modules=readers(job.onnx, observed),
+                    )
+                else:
+                    assert given is not None
+                    table = given
                 used = table.summary()
                 observed_table.append(report_table(table))
                 job = dataclasses.replace(job, calibration=table)
                 bundles.write_text(folder / ranges.FILE, table.json_text())
-                stages.append(check_graph(observer, arrays, reference))
-                if weight_rounding == "gptq":
-                    job = rounded_job(job, chosen.quantised(job), observer, data, WEIGHT_GRIDS[precision])
+                if layers and data is not None:
+                    job = rounded_job(job, layers, observer, data, WEIGHT_GRIDS[precision], gathered)
+            with step("checking the graph that was observed"):
+                plain = check_graph(observer, arrays, reference)
+                if chosen.opsets:
+                    stages.append(plain)
+                elif plain.verdict == "failed":
+                    raise IsthmusError("the graph that is observed does not compute what PyTorch does", hint=plain.reason)
                 del observer
-        with step(f"lowering to {target}"):
+        with step(f"lowering to {target}"), _settled():
             lowered = chosen.lower(job, folder)
             bundles.write_cases(folder / bundles.INPUTS, all_inputs)
             bundles.write_cases(folder / bundles.OUTPUTS, all_outputs)
@@ -398,6 +424,19 @@ def export(
             result=result_,
         )
     return result_
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """What is there already is not looked through for garbage: over a traced program, one full collection takes a third of a second."""
+    freeze = not gc.get_freeze_count()
+    if freeze:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if freeze:
+            gc.unfreeze()
 
 
 def _name(model: Model) -> str:

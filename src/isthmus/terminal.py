@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isthmus.analysing import AnalysisResult
     from isthmus.calibrating import CalibrateResult
     from isthmus.embedding import EmbedResult
     from isthmus.exporter.bundle import StageResult
@@ -118,6 +119,27 @@ def print_verified(result: VerifyResult) -> None:
     _print_stages(result.stages)
 
 
+def print_analysed(result: AnalysisResult) -> None:
+    """Every figure of PyTorch and of the artifact, and where the page is."""
+    report = result.report
+    print(f"{report.rows} rows (seed {report.seed}), PyTorch against stage {report.stage} on {report.device}:")
+    print_table(
+        ("analysis", "of", "figure", "PyTorch", "artifact", "may differ by"),
+        [
+            (
+                row.analysis,
+                row.of or "all outputs",
+                row.figure + (f", {row.unit}" if row.unit else ""),
+                f"{row.reference:.6g}",
+                f"{row.artifact:.6g}" + ("" if row.holds else "  MISSED"),
+                "-" if row.allowance is None else f"{row.allowance:.1e}",
+            )
+            for row in report.figures
+        ],
+    )
+    print(f"report: {result.bundle / 'report.html'}")
+
+
 def print_built(result: BuildResult) -> None:
     """What the build made of every stage that it changed."""
     manifest = result.manifest
@@ -155,6 +177,7 @@ def print_tuned(result: TuneResult) -> None:
     chosen, uniform = result.value["chosen"], result.value["uniform"]
     recipe = result.recipe
     drawn = f", PSNR of the pictures {chosen['psnr_db']:.2f} dB" if chosen["psnr_db"] is not None else ""
+    drawn += f", their LPIPS-style distance {chosen['lpips_style']:.3g}" if chosen["lpips_style"] is not None else ""
     print(f"{result.path}: {chosen['flop_share']:.1%} of the operations in {recipe.precision}: SQNR {chosen['sqnr_db']:.2f} dB{drawn}")
     print(f"  {len(chosen['modules'])} of {len(result.value['modules'])} modules; {recipe.calibration_method}, {recipe.weight_rounding}")
     print(f"  all of them, with ranges of the largest values: {uniform['flop_share']:.1%}, SQNR {uniform['sqnr_db']:.2f} dB")

@@ -1,0 +1,1 @@
+"""The analyses of `isthmus verify --analysis`, one a file; see `calibration.analysis`."""
