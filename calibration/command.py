@@ -110,6 +110,10 @@ def _bounds(manifest: Manifest, spec: ModelSpec | None) -> Iterator[str]:
 
 def _calibration(manifest: Manifest, missing: list[str]) -> Iterator[str]:
     used = _mapping(manifest.details.get("calibration"))
+    if table := manifest.options.get("calibration_table"):
+        yield from ("--calibration-table", str(table))
+        missing.append(f"{table} is the file of that name in this bundle.")
+        return
     source, size = used.get("source", TRAJECTORIES), used.get("size")
     if used.get("method", "max") != "max":
         yield from ("--calibration-method", str(used["method"]))

@@ -48,11 +48,12 @@ class Histogram:
     max: float
 
     @staticmethod
-    def of(values: Array) -> Histogram:
+    def of(values: Array, *, coarser: int = _SMALLEST) -> Histogram:
         """The histogram of an array.
 
         Args:
             values: Finite numbers, any shape, float or integer.
+            coarser: The least exponent of the bins' width: that of a histogram to merge it with, which then need not be coarsened first.
 
         Raises:
             ValueError: A number is NaN or infinite.
@@ -63,15 +64,24 @@ class Histogram:
         low, high = float(flat.min()) + 0.0, float(flat.max()) + 0.0  # of the two zeros, the positive one
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"a histogram takes finite numbers, got a range of {low} to {high}")
-        exponent = exponent_of(low, high, _BITS)
-        # In float64 the quotients are exact: the width is a power of two, and no quotient is subnormal.
+        exponent = exponent_of(low, high, _BITS, smallest=coarser)
+        # In float64 the quotients are exact: the width is a power of two, and no quotient is subnormal. So they are in float32, which is
+        # twice as fast, where bins are at most 1 wide: no quotient is then smaller than its number.
         scale = math.ldexp(1.0, -exponent)
         first, last = math.floor(low * scale), math.floor(high * scale)
         counts = np.zeros(last - first + 1, np.int64)
+        dtype = np.float32 if flat.dtype == np.float32 and -126 <= exponent <= 0 else np.float64
+        bins: Array = np.empty(min(flat.size, _CHUNK), dtype)
+        indices = np.empty(bins.size, np.intp)
         for start in range(0, flat.size, _CHUNK):
-            bins = np.floor(flat[start : start + _CHUNK] * np.float64(scale))
-            bins -= first
-            counts += np.bincount(bins.astype(np.intp), minlength=counts.size)
+            part = flat[start : start + _CHUNK]
+            if part.size < bins.size:
+                bins, indices = bins[: part.size], indices[: part.size]
+            np.multiply(part, dtype(scale), out=bins, dtype=dtype)
+            np.floor(bins, out=bins)
+            bins -= dtype(first)
+            indices[:] = bins
+            counts += np.bincount(indices, minlength=counts.size)
         return Histogram(exponent, first, counts, low, high)
 
     @property

@@ -55,11 +55,21 @@ class Periods:
         """The periods of both. Associative and commutative."""
         if self.exponent is None or other.exponent is None:
             return self if other.exponent is None else other
+        if self.exponent == other.exponent:
+            return Periods(self.exponent, _joined(self.found, other.found))
         exponent = max(self.exponent, other.exponent)
         parts = [
             (index >> (exponent - p.exponent), entry) for p in (self, other) if p.exponent is not None for index, entry in p.found.items()
         ]
         return Periods(exponent, _combined(parts))
+
+
+def _joined(a: Mapping[int, tuple[int, float, float]], b: Mapping[int, tuple[int, float, float]]) -> dict[int, tuple[int, float, float]]:
+    found = dict(a)
+    for index, entry in b.items():
+        before = found.get(index)
+        found[index] = entry if before is None else (before[0] + entry[0], min(before[1], entry[1]), max(before[2], entry[2]))
+    return found
 
 
 def _combined(entries: list[tuple[int, tuple[int, float, float]]]) -> dict[int, tuple[int, float, float]]:
@@ -91,6 +101,11 @@ class Observation:
             times: (rows,) the timestep of each row.
         """
         return Observation(Histogram.of(values), Periods.of(times, values) if times is not None and values.size else Periods())
+
+    def seen(self, values: Array, times: Array | None = None) -> Observation:
+        """What this and one more call show: as `merge` with `of`, to the last bit, and in less time."""
+        periods = Periods.of(times, values) if times is not None and values.size else Periods()
+        return Observation(self.histogram.merge(Histogram.of(values, coarser=self.histogram.exponent)), self.periods.merge(periods))
 
     def merge(self, other: Observation) -> Observation:
         """What both show. Associative and commutative, to the last bit."""

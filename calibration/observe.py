@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from .metrics import DEFAULT_TOLERANCES
 from .observation import Observation
 from .session import GraphSession
 from .verify import CaseArrays, compare_cases, judge
+
+Array = np.ndarray[Any, Any]
 
 LIMIT = 2**30
 """Bytes of values that leave ONNX Runtime in one run; where there are more, the graph runs several times on the same inputs."""
@@ -45,7 +47,7 @@ class Observer:
         self._inputs = {value.name or "": dims(value) or [] for value in graph.inputs}
         self._outputs = [value.name or "" for value in graph.outputs]
         self._limit = limit
-        self._session = GraphSession(_with_outputs(model, [name for name in names if name not in self._inputs]))
+        self._session = GraphSession(model, outputs=[name for name in names if name not in self._inputs])
 
     def run(self, inputs: Arrays) -> Arrays:
         """The graph's own outputs by name.
@@ -73,8 +75,12 @@ class Observer:
                 for name in group:
                     yield index, name, found.pop(name)
 
-    def observe(self, data: CalibrationData) -> dict[str, Observation]:
+    def observe(self, data: CalibrationData, *, tell: Callable[[int, str, Array], None] | None = None) -> dict[str, Observation]:
         """What every named value was over calibration data, by name in the order given.
+
+        Args:
+            data: The calibration data.
+            tell: Is told of every value as it passes by: the index of the set of inputs, its name, and its numbers.
 
         Raises:
             IsthmusError: See `stream`.
@@ -82,7 +88,9 @@ class Observer:
         found = dict.fromkeys(self._shapes, Observation())
         for index, name, array in self.stream(data.sets):
             times = data.times(index) if self._has_rows(name, data.timestep) else None
-            found[name] = found[name].merge(Observation.of(array, times))
+            found[name] = found[name].seen(array, times)
+            if tell is not None:
+                tell(index, name, array)
         return found
 
     def _has_rows(self, name: str, timestep: str) -> bool:
@@ -130,11 +138,3 @@ def _finite(values: Mapping[str, np.ndarray[Any, Any]]) -> Mapping[str, np.ndarr
     if reasons:
         raise IsthmusError("the model computes NaN or Inf on the calibration data", reasons=reasons[:20], hint="check the data")
     return values
-
-
-def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    copy = model.clone()
-    graph = copy.graph
-    values = {v.name: v for node in graph for v in node.outputs}
-    graph.outputs.extend(values[name] for name in names if not values[name].is_graph_output())
-    return copy

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from ..exporter.grids import Grid, Interval
 
-Cost = Callable[[Interval], float]
+Array = np.ndarray[Any, Any]
+
+Costs = Callable[[Interval], Array]
+"""Of several intervals, whose bounds are arrays; costs may be inf."""
 
 STEPS = 16
 """Candidates for each halving of an interval's end: they are 4.4 % apart."""
@@ -20,7 +26,7 @@ _FINER = 8  # candidates between two of the first round
 _ROUNDS = 2  # of one end and then the other, on asymmetric grids
 
 
-def narrowest(whole: Interval, grid: Grid, cost: Cost) -> Interval:
+def narrowest(whole: Interval, grid: Grid, costs: Costs) -> Interval:
     """The interval of the least cost, the widest of several.
 
     Symmetric intervals are tried at `STEPS` sizes for each halving, and around the best of these at finer ones. An asymmetric interval is
@@ -29,42 +35,41 @@ def narrowest(whole: Interval, grid: Grid, cost: Cost) -> Interval:
     Args:
         whole: The interval that holds everything; its ends are cut.
         grid: What values are stored on.
-        cost: Of an interval; may be inf.
+        costs: Of candidates.
     """
     if whole.amax == 0:
         return whole
     if grid.symmetric:
-        return _search(cost, lambda factor: grid.interval(0.0, whole.high * factor))
+        return _search(costs, lambda factors: grid.interval(0.0, whole.high * factors))
     best = whole
     for _ in range(_ROUNDS):
         if whole.high:
-            best = _search(cost, functools.partial(_cut_above, best, whole.high))
+            best = _search(costs, functools.partial(_cut_above, best, whole.high))
         if whole.low:
-            best = _search(cost, functools.partial(_cut_below, best, whole.low))
+            best = _search(costs, functools.partial(_cut_below, best, whole.low))
     return best
 
 
-def _cut_above(interval: Interval, end: float, factor: float) -> Interval:
-    return Interval(interval.low, end * factor)
+def _cut_above(interval: Interval, end: float, factors: Array) -> Interval:
+    return Interval(np.full_like(factors, interval.low), end * factors)
 
 
-def _cut_below(interval: Interval, end: float, factor: float) -> Interval:
-    return Interval(end * factor, interval.high)
+def _cut_below(interval: Interval, end: float, factors: Array) -> Interval:
+    return Interval(end * factors, np.full_like(factors, interval.high))
 
 
-def _search(cost: Cost, at: Callable[[float], Interval]) -> Interval:
-    first = min((_costed(cost, at, step / STEPS) for step in range(STEPS * HALVINGS + 1)), key=lambda found: found[0])
-    return min(_around(cost, at, first), key=lambda found: found[0])[2]
+def _search(costs: Costs, at: Callable[[Array], Interval]) -> Interval:
+    halvings = np.arange(STEPS * HALVINGS + 1) / STEPS
+    least, first = _least(costs, at, halvings)
+    around = first + np.arange(-_FINER + 1, _FINER) / (_FINER * STEPS)
+    finer = around[(around >= 0) & (around != first)]
+    found, second = _least(costs, at, finer)
+    best = at(np.array([2.0 ** -(second if found < least else first)]))
+    return Interval(float(best.low[0]), float(best.high[0]))
 
 
-def _around(cost: Cost, at: Callable[[float], Interval], first: tuple[float, float, Interval]) -> Iterator[tuple[float, float, Interval]]:
-    yield first
-    for finer in range(-_FINER + 1, _FINER):
-        halvings = first[1] + finer / (_FINER * STEPS)
-        if finer and halvings >= 0:
-            yield _costed(cost, at, halvings)
-
-
-def _costed(cost: Cost, at: Callable[[float], Interval], halvings: float) -> tuple[float, float, Interval]:
-    interval = at(2.0**-halvings)
-    return cost(interval), halvings, interval
+def _least(costs: Costs, at: Callable[[Array], Interval], halvings: Array) -> tuple[float, float]:
+    """The least cost, and the first of the candidates that have it."""
+    found = costs(at(2.0**-halvings))
+    index = int(np.argmin(found))
+    return float(found[index]), float(halvings[index])

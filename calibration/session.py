@@ -25,13 +25,14 @@ class GraphSession:
 
     Args:
         model: The graph; not changed.
+        outputs: Names of further values of the main graph that become outputs.
 
     Raises:
         MachineError: onnxruntime is not installed.
         IsthmusError: ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, outputs: Sequence[str] = ()) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -39,8 +40,12 @@ class GraphSession:
                 "calibration runs the graph in ONNX Runtime, which is not installed", hint="pip install 'isthmus[cpu]'"
             ) from error
         copy = model.clone()
+        values = {value.name: value for node in copy.graph for value in node.outputs}
+        copy.graph.outputs.extend(values[name] for name in outputs if not values[name].is_graph_output())
         copy.graph.opset_imports["com.microsoft"] = 1
         ExpandAttentionMask()(copy)
+        for value in (value for node in copy.graph for value in node.outputs if not value.is_graph_output()):
+            value.shape = value.type = None  # ONNX Runtime finds them itself; written and read, they take longer than the nodes
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         # Optimisers read weights, and what they would find is the empty file below.

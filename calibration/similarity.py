@@ -5,8 +5,7 @@ Transactions on Image Processing 13 (4), 2004, equations 13 to 17: with means, v
 
     SSIM(x, y) = (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),   C1 = (0.01 L)^2, C2 = (0.03 L)^2
 
-averaged over every place where the window lies in the picture. LPIPS, which is nearer to what people see, needs the weights of a trained
-network, which are not part of isthmus; it is left out.
+averaged over every place where the window lies in the picture. What is nearer to what people see, `perceptual` has.
 """
 
 from __future__ import annotations

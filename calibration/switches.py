@@ -108,6 +108,8 @@ class _Writer:
         self._behind(node, 1, index, lambda _: [ir.node("DequantizeLinear", [stored, factors], {"axis": layer.axis})])
         if self._precision == "int8" and (added := self._corrections.get(layer.node)) is not None:
             self._correction(node, np.asarray(added, np.float32), index)
+        if is_op(node, "Conv") and len(layer.observed) > 1:
+            self._result(node, layer.observed[1], index)
 
     def _attention(self, node: ir.Node, layer: Layer, index: int) -> None:
         if self._precision != "fp8":
@@ -163,6 +165,23 @@ class _Writer:
         shape[axis] = -1
         parameters = Parameters(scales.astype(np.float64).reshape(shape), 0.0)
         return grid.codes(weight, parameters).astype(np.float32).astype(dtype), scales
+
+    def _result(self, node: ir.Node, name: str, index: int) -> None:
+        """Puts what a convolution computes behind a switch, or what a function makes of it that alone reads it."""
+        value = node.outputs[0]
+        if value.name != name:
+            value = next(user.outputs[0] for user, _ in value.uses())
+        users = list(value.uses())
+        producer = value.producer()
+        if not users or producer is None:
+            return  # an output, which stays as it is
+        same = ir.node("Identity", [value], name=f"{node.name}/result")
+        made = same.outputs[0]
+        made.name, made.type, made.shape = f"{name}.result", value.type, value.shape
+        for user, position in users:
+            user.replace_input_with(position, made)
+        self._graph.insert_after(producer, same)
+        self._activation(same, 0, name, index)
 
     def _correction(self, node: ir.Node, added: Array, index: int) -> None:
         value, nothing, vector = node.outputs[0], self._constant(np.zeros_like(added)), self._constant(added)

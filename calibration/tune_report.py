@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..exporter.bundle import Column, Decibel, Manifest, Table
 from ..exporter.errors import IntegrityError, Reason
 from .charts import Chart, Scatter, scatter_chart
-from .wording import cell, decibel
+from .wording import cell, decibel, number
 
 FILE = "tune.json"
 MAX_BYTES = 64 * 2**20
@@ -27,6 +27,7 @@ class TunePoint(_Read):
     flop_share: float
     sqnr_db: Decibel
     psnr_db: Decibel | None = None
+    lpips_style: float | None = None
 
 
 class TuneBudget(_Read):
@@ -34,6 +35,7 @@ class TuneBudget(_Read):
 
     min_sqnr_db: float | None = None
     min_psnr_db: float | None = None
+    max_lpips_style: float | None = None
 
 
 class TuneModule(_Read):
@@ -65,6 +67,7 @@ class TuneReport(_Read):
 
         def place(point: TunePoint, what: str) -> tuple[float, float, str]:
             drawn = f", pictures {decibel(point.psnr_db)} dB" if point.psnr_db is not None else ""
+            drawn += f", LPIPS-style {number(point.lpips_style)}" if point.lpips_style is not None else ""
             return (
                 point.flop_share,
                 point.sqnr_db,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -38,10 +39,12 @@ class Budget:
     Attributes:
         min_sqnr: Of the worst output over held-out inputs, against the same graph without quantisation, dB; None for any.
         min_psnr: Of the pictures at the end of the sampler, dB; None for any.
+        max_lpips: Of the LPIPS-style distance of these pictures, their mean; None for any.
     """
 
     min_sqnr: float | None = None
     min_psnr: float | None = None
+    max_lpips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ class Point:
         share: Of the floating point operations of all matrix products, the part that is in the low precision, 0 to 1.
         sqnr_db: Of the worst output.
         psnr_db: Of the pictures; None where they were not drawn.
+        lpips_style: Of the pictures, the mean of `perceptual.lpips_style`; None where it was not measured.
     """
 
     on: On
     share: float
     sqnr_db: float
     psnr_db: float | None = None
+    lpips_style: float | None = None
 
 
 @dataclass
@@ -162,6 +167,7 @@ def search(
     *,
     noises: Callable[[Sequence[On]], list[Noise]],
     psnr: Callable[[On], float] | None = None,
+    lpips: Callable[[On], float] | None = None,
     also: Iterable[On] = (),
 ) -> Found:
     """The modules that compute in the low precision.
@@ -176,8 +182,9 @@ def search(
         total: The operations of all products.
         budget: The bounds.
         noises: Measures choices; called with many at a time.
-        psnr: Draws pictures with a choice, and measures them; needed for a budget of `min_psnr`, and called for what is within the other
-            bound only.
+        psnr: Draws pictures with a choice, and measures them; needed for a budget of `min_psnr`, and called for what is within `min_sqnr`
+            only.
+        lpips: The same, for a budget of `max_lpips`; called for what is within the other bounds only.
         also: Choices that are measured too, for the points.
 
     Raises:
@@ -197,12 +204,18 @@ def search(
         (point,) = measure([on])
         if budget.min_sqnr is not None and point.sqnr_db < budget.min_sqnr:
             return False
-        if budget.min_psnr is None or psnr is None:
-            return True
-        if point.psnr_db is None:
-            point = measured[on] = Point(on, point.share, point.sqnr_db, psnr(on))
-        assert point.psnr_db is not None
-        return point.psnr_db >= budget.min_psnr
+        if budget.min_psnr is not None and psnr is not None:
+            if point.psnr_db is None:
+                point = measured[on] = dataclasses.replace(point, psnr_db=psnr(on))
+            assert point.psnr_db is not None
+            if point.psnr_db < budget.min_psnr:
+                return False
+        if budget.max_lpips is not None and lpips is not None:
+            if point.lpips_style is None:
+                point = measured[on] = dataclasses.replace(point, lpips_style=lpips(on))
+            assert point.lpips_style is not None
+            return point.lpips_style <= budget.max_lpips
+        return True
 
     alone = [frozenset([i]) for i in range(len(units))]
     single = tuple(noises(alone))
@@ -231,11 +244,13 @@ def search(
     if not best:
         quietest = min(range(len(units)), key=lambda i: max(single[i], default=0.0))
         (point,) = measure([alone[quietest]])
-        worst = f"the module that makes the least noise, {units[quietest].module}, leaves {point.sqnr_db:.2f} dB of SQNR"
+        figures = [f"{point.sqnr_db:.2f} dB of SQNR"]
+        figures += [f"{point.psnr_db:.2f} dB of PSNR"] if point.psnr_db is not None else []
+        figures += [f"an LPIPS-style distance of {point.lpips_style:.3g}"] if point.lpips_style is not None else []
         raise IsthmusError(
             "no module fits into the budget of accuracy",
-            reasons=[Reason(worst + (f" and {point.psnr_db:.2f} dB of PSNR" if point.psnr_db is not None else ""))],
-            hint="give a smaller --min-sqnr or --min-psnr, or another precision",
+            reasons=[Reason(f"the module that makes the least noise, {units[quietest].module}, leaves {' and '.join(figures)}")],
+            hint="give a smaller --min-sqnr or --min-psnr, a larger --max-lpips, or another precision",
         )
     points = tuple(sorted(measured.values(), key=lambda p: (p.share, p.sqnr_db, sorted(p.on))))
     return Found(measured[best], points, order, single, sqnr_db(predicted(single, best)))
@@ -266,5 +281,6 @@ def point_value(point: Point, units: Sequence[Unit]) -> dict[str, Any]:
         "flop_share": point.share,
         "sqnr_db": point.sqnr_db,
         "psnr_db": point.psnr_db,
+        "lpips_style": point.lpips_style,
         "modules": [units[i].module for i in sorted(point.on)],
     }

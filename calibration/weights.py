@@ -3,88 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from ..exporter.grids import GRIDS, RoundedWeight, WeightGrid
-from ..exporter.passes import quantize_fp8, quantize_int8
+from ..exporter.passes import quantize_fp8, quantize_int4, quantize_int8
 from ..exporter.passes.fp8_layers import Layer
 from ..exporter.spec import Arrays
 from .observe import Observer
-from .rounding import bias_correction, gptq
-from .statistics import LIMIT, channels, grams
+from .rounding import bias_correction, factorised, gptq
+from .statistics import LIMIT, Gathering, moments
 
 Array = np.ndarray[Any, Any]
 
-_CODES = {"int8": np.dtype(np.int8), "e4m3": np.dtype(ml_dtypes.float8_e4m3fn)}
+_CODES = {"int8": np.dtype(np.int8), "e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "int4": np.dtype(np.int8)}
+
+
+class Rounded(NamedTuple):
+    """Weights that are not rounded to nearest.
+
+    Attributes:
+        weights: Their codes, by the weights' names.
+        corrections: What the outputs of their layers lack on average because of it, (outputs,) float32 by the names of the layers' nodes.
+    """
+
+    weights: dict[str, RoundedWeight]
+    corrections: dict[str, Array]
 
 
 def gptq_weights(
-    model: ir.Model, layers: Sequence[Layer], observer: Observer, sets: Sequence[Arrays], grid: WeightGrid, *, limit: int = LIMIT
-) -> dict[str, RoundedWeight]:
-    """The codes of layers' weights by GPTQ, by the weights' names. The scales are those of nearest rounding.
+    model: ir.Model,
+    layers: Sequence[Layer],
+    observer: Observer,
+    sets: Sequence[Arrays],
+    grid: WeightGrid,
+    *,
+    gathered: Gathering | None = None,
+    limit: int = LIMIT,
+) -> Rounded:
+    """Rounds layers' weights by GPTQ. The scales are those of nearest rounding.
 
-    The graph runs on all inputs once more, or as often as `limit` asks for.
+    The graph runs on all inputs once more, or as often as `limit` asks for, unless the moments of its activations are gathered.
 
     Args:
         model: The float32 graph.
         layers: Those that are quantised. Only products with a matrix are rounded: the inputs of a convolution's weight are no vectors.
         observer: Of that graph, with the layers' activations.
         sets: Calibration inputs.
-        grid: What the weights are stored on: `int8` for `QuantizeInt8`, `e4m3` for `QuantizeFp8` on float16.
+        grid: What the weights are stored on: `int8` for `QuantizeInt8`, `e4m3` for `QuantizeFp8` on float16, `int4` for `QuantizeInt4`.
+        gathered: From `gathering`, once all inputs have passed by.
         limit: Bytes of second moments that are held at a time.
 
     Raises:
         IsthmusError: See `Observer.stream` and `rounding.gptq`.
     """
     matrices = _matrices(model, layers)
-    sizes = {activation: int(weight.shape[1 - axis]) for activation, _, weight, axis in matrices.values()}
-    found: dict[str, RoundedWeight] = {}
-    for activation, gram, _ in grams(observer, sets, sizes, limit=limit):
-        for name, (read, _, weight, axis) in matrices.items():
-            if read == activation:
-                scale = _scales(weight, axis, grid)
-                codes = gptq(weight.T if axis == 1 else weight, gram, scale.astype(np.float64), GRIDS[grid])
-                found[name] = RoundedWeight(codes.astype(np.float32).astype(_CODES[grid]), scale)
+    found = Rounded({}, {})
+    for activation, moments_ in moments(observer, sets, _sizes(matrices), gathered=gathered, limit=limit):
+        factor = factorised(moments_.gram)
+        for name, (read, nodes, stored, layer) in matrices.items():
+            if read != activation:
+                continue
+            weight = stored.T if layer.axis == 1 else stored
+            scale = _scales(stored, layer, grid)
+            rounded = RoundedWeight(gptq(weight, factor, scale, GRIDS[grid]).astype(_CODES[grid]), scale)
+            added = bias_correction(weight, rounded.read(), moments_.means).astype(np.float32)
+            found.weights[name] = rounded
+            found.corrections.update(dict.fromkeys(nodes, added))
     return found
 
 
-def corrections(
-    model: ir.Model, layers: Sequence[Layer], observer: Observer, sets: Sequence[Arrays], weights: Mapping[str, RoundedWeight]
-) -> dict[str, Array]:
-    """What the outputs of layers lack on average because of their weights' rounding: (outputs,) float32 by the name of the layer's node.
+def gathering(model: ir.Model, layers: Sequence[Layer], calls: int, *, limit: int = LIMIT) -> Gathering:
+    """What `gptq_weights` needs of the activations, to be gathered in a pass over the data that is made anyway.
 
-    The arguments are those of `gptq_weights`, and what it gives; layers of other weights are left out.
+    Args:
+        model: See `gptq_weights`, as for `layers` and `limit`.
+        layers: See there.
+        calls: The number of sets of calibration inputs.
+        limit: See there.
     """
-    matrices = _matrices(model, layers)
-    means = channels(observer, sets, list(dict.fromkeys(activation for activation, *_ in matrices.values())))
-    found = {}
-    for name, (activation, nodes, weight, axis) in matrices.items():
-        if name in weights:
-            read = weights[name].codes.astype(np.float64) * weights[name].scale.astype(np.float64)[:, None]
-            added = bias_correction(weight.T if axis == 1 else weight, read, means[activation].means).astype(np.float32)
-            found.update(dict.fromkeys(nodes, added))
-    return found
+    return Gathering(_sizes(_matrices(model, layers)), calls, limit=limit)
 
 
-def _matrices(model: ir.Model, layers: Sequence[Layer]) -> dict[str, tuple[str, list[str], Array, int]]:
-    """By the name of a matrix: the first activation that it multiplies, its layers' nodes, its numbers, and the axis of its outputs."""
+def _sizes(matrices: Mapping[str, tuple[str, list[str], Array, Layer]]) -> dict[str, int]:
+    """The activations that matrices are multiplied by, with their numbers of channels."""
+    return {activation: int(weight.shape[1 - layer.axis]) for activation, _, weight, layer in matrices.values()}
+
+
+def _matrices(model: ir.Model, layers: Sequence[Layer]) -> dict[str, tuple[str, list[str], Array, Layer]]:
+    """By the name of a matrix: the first activation that it multiplies, its layers' nodes, its numbers, and the last of its layers."""
     nodes = {node.name: node for node in model.graph}
-    found: dict[str, tuple[str, list[str], Array, int]] = {}
+    found: dict[str, tuple[str, list[str], Array, Layer]] = {}
     for layer in layers:
         value = nodes[layer.node].inputs[1] if layer.kind == "weight" else None
         if value is None or value.const_value is None or len(value.const_value.shape) != 2:
             continue
         known = found.get(value.name or "")
         names = [*known[1], layer.node] if known is not None else [layer.node]
-        found[value.name or ""] = (known[0] if known is not None else layer.observed[0], names, value.const_value.numpy(), layer.axis)
+        found[value.name or ""] = (known[0] if known is not None else layer.observed[0], names, value.const_value.numpy(), layer)
     return found
 
 
-def _scales(weight: Array, axis: int, grid: WeightGrid) -> Array:
+def _scales(weight: Array, layer: Layer, grid: WeightGrid) -> Array:
     if grid == "int8":
-        return quantize_int8.weight_scales(weight, axis)
-    return quantize_fp8.weight_scales(weight, axis, ir.DataType.FLOAT16)
+        return quantize_int8.weight_scales(weight, layer.axis)
+    if grid == "int4":
+        return quantize_int4.weight_scales(weight, layer.axis, layer.block)
+    return quantize_fp8.weight_scales(weight, layer.axis, ir.DataType.FLOAT16)

@@ -24,8 +24,8 @@ RANDOM = "random"
 
 _PASSED = (
     "model", "target", "precision", "opset", "batch_size", "inputs", "weights",
-    "calibration_data", "calibration_size", "calibration_method", "calibration_preprocess", "weight_rounding", "smooth", "sampler",
-    "atol", "rtol", "min_psnr", "seed", "force", "dry_run",
+    "calibration_data", "calibration_size", "calibration_method", "calibration_preprocess", "calibration_table",
+    "weight_rounding", "smooth", "sampler", "atol", "rtol", "min_psnr", "seed", "force", "dry_run",
 )  # fmt: skip
 
 
@@ -43,8 +43,8 @@ def checked(given: Mapping[str, Any], *, config_settings: Mapping[str, Any], pro
 
     Args:
         given: Values by option: `model`, `target`, `output`, `precision`, `opset`, `batch_size`, `settings` (texts `key=value`), `weights`,
-            `inputs`, `dynamic` (texts), `calibration_data`, `calibration_size`, `calibration_method`, `calibration_preprocess`, `sampler`,
-            `atol`, `rtol`, `min_psnr`, `seed`,
+            `inputs`, `dynamic` (texts), `calibration_data`, `calibration_size`, `calibration_method`, `calibration_preprocess`,
+            `calibration_table`, `sampler`, `atol`, `rtol`, `min_psnr`, `seed`,
             `force`, `dry_run`, and the targets' options as texts.
         config_settings: Settings that a configuration file gave; `settings` wins over them.
         problems: What was found wrong before.
@@ -112,7 +112,7 @@ def checked_tuning(given: Mapping[str, Any], *, problems: Sequence[IsthmusError]
     _check_file(given, "recipe.yaml", found)
     if given["precision"] is None:
         found.append(UsageError("--precision is missing", hint="one of: fp8, int8"))
-    if given["min_sqnr"] is None and given["min_psnr"] is None:
+    if all(given[name] is None for name in ("min_sqnr", "min_psnr", "max_lpips")):
         found.append(UsageError("a budget of accuracy is missing", hint="for example --min-sqnr 28, or --min-psnr 35 for pictures"))
     if given["target"] is not None:
         asked = {"sampler": None, "precision": None, "opset": given["opset"], "target": given["target"]}

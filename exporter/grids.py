@@ -16,7 +16,7 @@ import numpy as np
 from .errors import IsthmusError
 
 Array = np.ndarray[Any, Any]
-WeightGrid = Literal["int8", "e4m3"]
+WeightGrid = Literal["int8", "e4m3", "int4"]
 Float64 = np.ndarray[Any, np.dtype[np.float64]]
 
 SMALLEST_SCALE = 2.0**-126
@@ -58,7 +58,7 @@ class RoundedWeight:
 
     Attributes:
         codes: (outputs, inputs), in a type that holds the codes.
-        scale: (outputs,) float.
+        scale: (outputs,) float; or (outputs, groups), where each of so many groups of neighbouring inputs has a scale of its own.
     """
 
     codes: Array
@@ -70,9 +70,16 @@ class RoundedWeight:
         Raises:
             IsthmusError: The shapes are not those of a weight with so many channels.
         """
-        if self.codes.shape != (outputs, inputs) or self.scale.shape != (outputs,):
+        groups = self.scale.shape[1] if self.scale.ndim == 2 else 0
+        expected = (outputs, groups) if groups and inputs % groups == 0 else (outputs,)
+        if self.codes.shape != (outputs, inputs) or self.scale.shape != expected:
             what = f"codes {self.codes.shape} with scales {self.scale.shape}"
             raise IsthmusError(f"the rounded weight {name} has {what}, expected ({outputs}, {inputs}) with ({outputs},)")
+
+    def read(self) -> Float64:
+        """(outputs, inputs), what is read back."""
+        scale = self.scale.astype(np.float64).reshape(len(self.scale), -1)
+        return self.codes.astype(np.float64) * np.repeat(scale, self.codes.shape[1] // scale.shape[1], axis=1)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,13 @@ class Grid:
     high: float
     symmetric: bool = True
     floating: bool = False
+
+    def values(self) -> Float64:
+        """Every code, rising, float64."""
+        if not self.floating:
+            return np.arange(self.low, self.high + 1, dtype=np.float64)
+        found = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        return np.unique(found[np.isfinite(found)])
 
     def interval(self, low: Any, high: Any) -> Interval:
         """The interval that this grid can represent and that holds both bounds: it holds 0, and is symmetric where the grid is."""
@@ -136,8 +150,8 @@ GRIDS: Mapping[str, Grid] = {
 }
 """Every grid by name: `e4m3` and `int8` for activations and weights, `uint8` for activations, `int4` for weights."""
 
-ACTIVATION_GRIDS: Mapping[str, tuple[str, ...]] = {"fp8": ("e4m3",), "int8": ("uint8", "int8")}
+ACTIVATION_GRIDS: Mapping[str, tuple[str, ...]] = {"fp8": ("e4m3",), "int8": ("uint8", "int8"), "w8a8": ("int8",)}
 """The grids that activations are stored on, by precision."""
 
-WEIGHT_GRIDS: Mapping[str, WeightGrid] = {"fp8": "e4m3", "int8": "int8"}
+WEIGHT_GRIDS: Mapping[str, WeightGrid] = {"fp8": "e4m3", "int8": "int8", "w8a8": "int8", "int4": "int4"}
 """The grid that weights are stored on, by precision."""

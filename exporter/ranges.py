@@ -84,7 +84,7 @@ class Observed(_Strict):
     """What was seen of one value of the graph.
 
     Attributes:
-        module: The PyTorch module whose layer reads it first; empty where that is not known.
+        module: The PyTorch module whose layer reads it first, or the one that computes it; empty where that is not known.
         count: How many numbers were seen.
         min: The smallest.
         max: The largest.

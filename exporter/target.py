@@ -7,7 +7,7 @@ A target is one folder under `targets/`. Its module imports no SDK at the top: e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
@@ -21,7 +21,7 @@ from .ranges import CalibrationTable
 from .registry import Registry
 from .runner import Runner
 from .sampling import LoopSampler
-from .spec import Arrays, SizeRange, Tolerance
+from .spec import SizeRange, Tolerance
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +56,8 @@ class Job(Generic[O]):
 
     Attributes:
         program: The traced PyTorch program.
-        model: The same as ONNX, after the target-independent passes; None for a target without opsets. See `onnx`.
+        model: The same as ONNX, after the target-independent passes; None for a target without opsets, unless the precision is calibrated:
+            its values are what is observed, for every target. See `onnx`.
         precision: One of the target's `precisions`.
         options: The target's own options.
         input_names: Names of the graph's inputs, in order.
@@ -66,7 +67,6 @@ class Job(Generic[O]):
         calibration: What was observed of the ONNX graph's values on calibration data; None where the precision needs none.
         weights: Codes of weights that are not rounded to nearest, by the weights' names.
         corrections: What is added to the outputs of quantised layers, (outputs,) by the names of their nodes.
-        samples: The calibration data itself, one call of the model each, for a target that has no ONNX graph to observe.
         loop: The sampler to write as one graph around the model; None for a sampler that calls it from outside.
     """
 
@@ -81,7 +81,6 @@ class Job(Generic[O]):
     calibration: CalibrationTable | None = None
     weights: Mapping[str, RoundedWeight] = field(default_factory=dict)
     corrections: Mapping[str, Array] = field(default_factory=dict)
-    samples: Sequence[Arrays] = ()
     loop: LoopSampler | None = None
 
     @property
@@ -168,6 +167,7 @@ class Target(ABC, Generic[O]):
         opsets: The ONNX opsets that the lowering accepts; the first is the default. Empty for a target that lowers from the PyTorch program
             alone: nothing is translated to ONNX then.
         calibrated: The precisions whose ranges come from calibration data.
+        rounded: The precisions of weights alone, for which calibration data has one use: `--weight-rounding gptq`.
         computes: Precision to the dtype (`fp16` or `bf16`) that its arithmetic is rounded to, for those that round.
         tolerances: The bounds of a precision, where they are not those of `calibration.metrics.DEFAULT_TOLERANCES`.
         samplers: What `--sampler` may ask for, the default first: `step`, a loop outside of the artifact, and `loop`, one in it.
@@ -179,6 +179,7 @@ class Target(ABC, Generic[O]):
     summary: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     calibrated: ClassVar[tuple[str, ...]] = ()
+    rounded: ClassVar[tuple[str, ...]] = ()
     samplers: ClassVar[tuple[str, ...]] = ("step",)
     languages: ClassVar[tuple[str, ...]] = ()
     computes: ClassVar[Mapping[str, str]] = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp16"}

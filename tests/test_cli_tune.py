@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import isthmus
+from isthmus.calibration import perceptual
 from isthmus.calibration.data import CalibrationData
 from isthmus.calibration.recipe import read_recipe
 from isthmus.exporter.errors import UsageError
@@ -100,6 +101,19 @@ def test_ray_is_asked_for_before_any_work(run, tmp_path, monkeypatch):
 def test_pictures_need_a_sampler(tmp_path):
     with pytest.raises(UsageError, match="draw pictures with trained weights"):
         isthmus.tune("dit-tiny", tmp_path / "r.yaml", precision="fp8", min_psnr=30.0, calibration_data="random")
+
+
+def test_the_network_of_the_distance_is_asked_for_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(perceptual, "PACKAGE", "isthmus-no-such-package")
+    perceptual.network.cache_clear()
+    try:
+        result = run("tune", "dit-tiny", "--max-lpips", "0.1", "--precision", "fp8", "-o", tmp_path / "r.yaml")
+    finally:
+        perceptual.network.cache_clear()
+    assert result.exit_code == 5
+    assert "isthmus-no-such-package is not installed" in result.stderr
+    assert "pip install 'isthmus[perceptual]'" in result.stderr
+    assert "building" not in result.stderr
 
 
 def test_of_the_sets_that_are_given_every_fourth_is_held_out():

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from ...exporter.grids import Grid, Interval
-from ..calibrator import Calibrator, register_calibrator
+from ..calibrator import Array, Calibrator, register_calibrator
 from ..histogram import Counts, Histogram
 from ..search import narrowest
 
@@ -51,7 +51,10 @@ def _asymmetric(seen: Histogram, grid: Grid, whole: Interval) -> tuple[int, int]
         low, high = edges(interval)
         return distribution.divergence(low, high) if high - low >= 2 * FEWEST else math.inf
 
-    return edges(narrowest(whole, grid, cost))
+    def costs(intervals: Interval) -> Array:
+        return np.array([cost(Interval(low, high)) for low, high in zip(intervals.low, intervals.high, strict=True)])
+
+    return edges(narrowest(whole, grid, costs))
 
 
 class Distribution:

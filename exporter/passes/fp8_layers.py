@@ -33,6 +33,7 @@ class Layer:
         kind: `weight`: an activation times a weight; `attention`: both products of an Attention node.
         observed: Names of the activations whose ranges are needed: one for a weight, q, k and v for attention.
         axis: The axis of the weight that counts the output channels.
+        block: How many neighbouring inputs of the weight share a scale; 0 for all of an output channel.
     """
 
     node: str
@@ -40,6 +41,7 @@ class Layer:
     kind: Kind
     observed: tuple[str, ...]
     axis: int = 0
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,14 @@ class Selection:
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.observed))
 
 
-def select(model: ir.Model, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Selection:
+def select(
+    model: ir.Model,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    alignment: int = ALIGNMENT,
+    conditioning: bool = False,
+) -> Selection:
     """Chooses the nodes of the main graph that compute in FP8.
 
     A node can when it is a MatMul, Gemm or Conv of an activation and a weight whose input and output channels are multiples of 16 (a Conv:
@@ -92,6 +101,8 @@ def select(model: ir.Model, *, include: Sequence[str] = (), exclude: Sequence[st
         model: In float32, with shapes on its values.
         include: Patterns (see `exporter.patterns`) of module paths that are taken although the default leaves them out.
         exclude: Patterns of module paths that are left in half precision. It wins over `include`.
+        alignment: What the numbers of channels have to be multiples of.
+        conditioning: Take the products of the conditioning as well: where weights alone are quantised, they gain the most.
     """
     nodes = list(model.graph)
     candidates = [node for node in nodes if _is_candidate(node)]
@@ -101,11 +112,11 @@ def select(model: ir.Model, *, include: Sequence[str] = (), exclude: Sequence[st
     excluded: list[Excluded] = []
     for node in candidates:
         name, module = node.name or "", module_of(node)
-        if reason := _impossible(node):
+        if reason := _impossible(node, alignment):
             excluded.append(Excluded(name, module, reason))
         elif matches(module, exclude):
             excluded.append(Excluded(name, module, "excluded by name", chosen=True))
-        elif (reason := _sensitive(node, first, last, batch)) and not matches(module, include):
+        elif (reason := _sensitive(node, first, last, batch, conditioning=conditioning)) and not matches(module, include):
             excluded.append(Excluded(name, module, reason, chosen=True))
         else:
             layers.append(_layer(node, name, module))
@@ -156,7 +167,7 @@ def _read(node: ir.Node) -> Iterator[ir.Value]:
                 yield from (v for v in inner.inputs if v is not None)
 
 
-def _impossible(node: ir.Node) -> str:
+def _impossible(node: ir.Node, alignment: int) -> str:
     """Why FP8 cannot take a candidate; empty when it can."""
     if is_op(node, "Attention"):
         return _impossible_attention(node)
@@ -173,8 +184,8 @@ def _impossible(node: ir.Node) -> str:
         if is_op(node, "Gemm") and attribute_int(node, "transA", 0):
             return "a transposed activation"
         outputs, inputs = shape[_output_axis(node)], shape[1 - _output_axis(node)]
-    odd = [f"{n} {what} channels" for n, what in ((inputs, "input"), (outputs, "output")) if not isinstance(n, int) or n % ALIGNMENT]
-    return f"{' and '.join(odd)}, not a multiple of {ALIGNMENT}" if odd else ""
+    odd = [f"{n} {what} channels" for n, what in ((inputs, "input"), (outputs, "output")) if not isinstance(n, int) or n % alignment]
+    return f"{' and '.join(odd)}, not a multiple of {alignment}" if odd else ""
 
 
 def _impossible_attention(node: ir.Node) -> str:
@@ -194,9 +205,11 @@ def _impossible_attention(node: ir.Node) -> str:
     return ""
 
 
-def _sensitive(node: ir.Node, first: Collection[ir.Node], last: Collection[ir.Node], batch: Collection[int | str | None]) -> str:
+def _sensitive(
+    node: ir.Node, first: Collection[ir.Node], last: Collection[ir.Node], batch: Collection[int | str | None], *, conditioning: bool
+) -> str:
     """Why a node is left out by default; empty when it is not."""
-    if not is_op(node, "Attention", "Conv"):
+    if not conditioning and not is_op(node, "Attention", "Conv"):
         shape = dims(node.inputs[0]) or []
         rows = shape[:-1]
         if rows and rows[0] in batch and all(size == 1 for size in rows[1:]):

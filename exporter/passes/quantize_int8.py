@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import onnx_ir as ir
 
 from ..errors import IsthmusError
 from ..grids import GRIDS, Interval, Parameters, RoundedWeight
+from ._quantized import constant_of, drop_unread, put_in_place
 from ._rewrite import attribute_int, constant_tensor, dims, input_at, is_op, new_node
 from .fp8_layers import Excluded, Layer, Selection
+from .layer_values import layer_values
 
 Array = np.ndarray[Any, Any]
 
@@ -56,6 +59,18 @@ class QuantizeInt8(ir.passes.InPlacePass):
         v = DequantizeLinear<axis=1>(w_int8 transposed, w_scale)
         y = Squeeze(Add(MatMul(d, v), b of shape [1, 1, 32]), 0)
 
+    A convolution computes in integers where its output is in 8 bits too (QLinearConv). Given, with w (32, 16, 3, 3)::
+
+        y = Relu(Conv(x, w, b))
+
+    Result, of which ONNX Runtime takes the Relu out, because the zero point of what is never negative is 0::
+
+        q = QuantizeLinear(x, x_scale, x_zero)
+        d = DequantizeLinear(q, x_scale, x_zero)
+        v = DequantizeLinear<axis=0>(w_int8, w_scale)
+        z = QuantizeLinear(Relu(Conv(d, v, b)), y_scale, y_zero)
+        y = DequantizeLinear(z, y_scale, y_zero)
+
     Args:
         layers: The layers, of kind `weight` (see `choose`).
         intervals: What is represented of every observed activation, by its name.
@@ -79,6 +94,7 @@ class QuantizeInt8(ir.passes.InPlacePass):
         self._layers, self._intervals = layers, intervals
         self._weights, self._corrections = weights or {}, corrections or {}
         self.written: list[tuple[str, str]] = []
+        self._read_back: dict[ir.Value, str] = {}  # what is in 8 bits already, with the name of the value that it stands for
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the main graph in place."""
@@ -100,6 +116,10 @@ class QuantizeInt8(ir.passes.InPlacePass):
         activation, weight = node.inputs[0], node.inputs[1]
         assert activation is not None
         assert weight is not None
+        if is_op(node, "Conv"):
+            self._convolution(graph, node, layer, activations)
+            self.written.append((layer.node, layer.module))
+            return
         rank = len(dims(activation) or ())
         if activation not in activations:
             activations[activation] = self._activation(graph, node, activation, self._intervals[layer.observed[0]], wide=rank == 2)
@@ -110,12 +130,53 @@ class QuantizeInt8(ir.passes.InPlacePass):
             nodes.append(new_node(node, "Add", [nodes[-1].outputs[0], addend]))
         if rank == 2:
             nodes.append(new_node(node, "Squeeze", [nodes[-1].outputs[0], _first_axis(graph)]))
-        _put_in_place(graph, node, nodes)
+        shape = list(dims(node.outputs[0]) or ())
+        put_in_place(graph, node, nodes, between=shape if len(shape) > 2 else [1, *shape])
         if rank > 2:
             _widen_biases(graph, nodes[-1].outputs[0], rank)
-        if not weight.uses() and weight.is_initializer() and weight.name is not None:
-            del graph.initializers[weight.name]
+        drop_unread(graph, weight)
         self.written.append((layer.node, layer.module))
+
+    def _convolution(self, graph: ir.Graph, node: ir.Node, layer: Layer, activations: dict[ir.Value, ir.Value]) -> None:
+        activation, weight = node.inputs[0], node.inputs[1]
+        assert activation is not None
+        assert weight is not None
+        if self._read_back.get(activation) != layer.observed[0]:
+            if activation not in activations:
+                activations[activation] = self._activation(graph, node, activation, self._intervals[layer.observed[0]], wide=False)
+            node.replace_input_with(0, activations[activation])
+        node.replace_input_with(1, self._kernel(graph, node, weight, self._intervals[layer.observed[0]]))
+        drop_unread(graph, weight)
+        result = node.outputs[0]
+        if result.name != layer.observed[1]:
+            result = next(reader.outputs[0] for reader, _ in result.uses())  # a Relu, see `choose`
+        if not result.uses():
+            return  # nothing reads it in the graph: it stays an output in float32
+        after = result.producer()
+        assert after is not None
+        users = list(result.uses())
+        read = self._activation(graph, after, result, self._intervals[layer.observed[1]], wide=False, behind=True)
+        for user, index in users:
+            user.replace_input_with(index, read)
+        self._read_back[read] = layer.observed[1]
+
+    def _kernel(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, interval: Interval) -> ir.Value:
+        """A convolution's weight as it is read back, (outputs, inputs, …)."""
+        name, source, bias = weight.name or "", weight.const_value, constant_tensor(input_at(node, 2))
+        assert source is not None
+        scale = kernel_scales(source.numpy(), bias.numpy() if bias is not None else None, float(stored(interval)[0]))
+        shape = tuple(source.shape.numpy())
+        parameters = Parameters(scale.astype(np.float64).reshape([-1] + [1] * (len(shape) - 1)), 0.0)
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(GRIDS[WEIGHTS].codes(source.numpy(), parameters).astype(np.int8), name=f"{name}.int8"),
+            dtype=ir.DataType.INT8, shape=ir.Shape(shape), name=f"{name}.int8", cache=False,
+        )  # fmt: skip
+        codes, factors = constant_of(graph, f"{name}.int8", tensor), constant_of(graph, f"{name}.scale", ir.Tensor(scale))
+        read = new_node(node, "DequantizeLinear", [codes, factors], {"axis": 0})
+        read.name = read.outputs[0].name = f"{node.name}/{name}.dequantized"
+        read.outputs[0].type, read.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        graph.insert_before(node, read)
+        return read.outputs[0]
 
     def _addends(self, graph: ir.Graph, node: ir.Node, layer: Layer, rank: int) -> list[ir.Value]:
         """What is added to a product: a Gemm's bias, and the correction."""
@@ -125,22 +186,28 @@ class QuantizeInt8(ir.passes.InPlacePass):
             found.append(_wide(graph, bias, rank))
         if correction is not None:
             shaped = np.asarray(correction, np.float32).reshape([1] * (rank - 1) + [-1])
-            found.append(_constant(graph, f"{layer.node}.correction", ir.tensor(shaped)))
+            found.append(constant_of(graph, f"{layer.node}.correction", ir.Tensor(shaped)))
         return found
 
-    def _activation(self, graph: ir.Graph, before: ir.Node, value: ir.Value, interval: Interval, *, wide: bool) -> ir.Value:
+    def _activation(
+        self, graph: ir.Graph, at: ir.Node, value: ir.Value, interval: Interval, *, wide: bool, behind: bool = False
+    ) -> ir.Value:
+        """A value as it is read back from 8 bits, by nodes before or behind another node."""
         scale, zero = stored(interval)
-        factor = _constant(graph, f"{value.name}.scale", ir.tensor(scale))
-        zero_point = _constant(graph, f"{value.name}.zero_point", ir.tensor(zero))
-        made = [(new_node(before, "Unsqueeze", [value, _first_axis(graph)]), "wide", ir.DataType.FLOAT)] if wide else []
+        factor = constant_of(graph, f"{value.name}.scale", ir.Tensor(scale))
+        zero_point = constant_of(graph, f"{value.name}.zero_point", ir.Tensor(zero))
+        made = [(new_node(at, "Unsqueeze", [value, _first_axis(graph)]), "wide", ir.DataType.FLOAT)] if wide else []
         source, shape = (made[0][0].outputs[0], [1, *(dims(value) or ())]) if wide else (value, list(dims(value) or ()))
-        quantized = new_node(before, "QuantizeLinear", [source, factor, zero_point])
-        dequantized = new_node(before, "DequantizeLinear", [quantized.outputs[0], factor, zero_point])
+        quantized = new_node(at, "QuantizeLinear", [source, factor, zero_point])
+        dequantized = new_node(at, "DequantizeLinear", [quantized.outputs[0], factor, zero_point])
         made += [(quantized, "quantized", ir.DataType.UINT8), (dequantized, "dequantized", ir.DataType.FLOAT)]
         for node, what, dtype in made:
             node.name = node.outputs[0].name = f"{value.name}.{what}"
             node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), ir.Shape(shape)
-            graph.insert_before(before, node)
+        if behind:
+            graph.insert_after(at, [node for node, *_ in made])
+        else:
+            graph.insert_before(at, [node for node, *_ in made])
         return dequantized.outputs[0]
 
     def _weight(self, graph: ir.Graph, before: ir.Node, weight: ir.Value, axis: int) -> ir.Value:
@@ -159,9 +226,9 @@ class QuantizeInt8(ir.passes.InPlacePass):
         else:
             rounded.check(name, outputs, inputs)
             scale = rounded.scale.astype(np.float32)
-            tensor = ir.tensor(np.ascontiguousarray(rounded.codes.T.astype(np.int8)))
-        codes = _constant(graph, f"{name}.int8", tensor)
-        factors = _constant(graph, f"{name}.scale", ir.tensor(scale))
+            tensor = ir.Tensor(np.ascontiguousarray(rounded.codes.T.astype(np.int8)))
+        codes = constant_of(graph, f"{name}.int8", tensor)
+        factors = constant_of(graph, f"{name}.scale", ir.Tensor(scale))
         node = new_node(before, "DequantizeLinear", [codes, factors], {"axis": 1})
         node.name = node.outputs[0].name = f"{name}.dequantized"
         node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape((inputs, outputs))
@@ -170,13 +237,21 @@ class QuantizeInt8(ir.passes.InPlacePass):
 
 
 def choose(selection: Selection, model: ir.Model) -> tuple[tuple[Layer, ...], tuple[Excluded, ...]]:
-    """Of a selection, the layers that INT8 takes: products of an activation and a matrix. The others, with the reasons."""
+    """Of a selection, the layers that INT8 takes: products of an activation and a weight. The others, with the reasons.
+
+    A convolution's output is observed as well: behind the Relu that follows it, where nothing else reads it.
+    """
+    values = {layer.node: layer for layer in layer_values(model)}
     nodes = {node.name: node for node in model.graph}
     layers, excluded = [], list(selection.excluded)
     for layer in selection.layers:
         node = nodes[layer.node]
         if reason := _unfit(node, layer):
             excluded.append(Excluded(layer.node, layer.module, reason))
+        elif is_op(node, "Conv"):
+            found = values[layer.node]
+            computed = found.result if found.activation == "Relu" else found.product
+            layers.append(dataclasses.replace(layer, observed=(*layer.observed, computed)))
         else:
             layers.append(layer)
     return tuple(layers), tuple(excluded)
@@ -186,7 +261,8 @@ def _unfit(node: ir.Node, layer: Layer) -> str:
     if layer.kind == "attention":
         return "attention: ONNX Runtime has no integer products of two activations that keep the softmax's resolution"
     if is_op(node, "Conv"):
-        return "a convolution: ONNX Runtime's integer one wants its output in 8 bits too"
+        bias = input_at(node, 2)
+        return "" if bias is None or constant_tensor(bias) is not None else "a convolution whose bias is no constant"
     if len(dims(node.inputs[0]) or ()) < 2:
         return "an activation of one axis, or of an unknown number"
     bias = input_at(node, 2)
@@ -209,30 +285,29 @@ def weight_scales(weight: Array, axis: int) -> Array:
     return np.asarray(grid.parameters(grid.interval(weight.min(axis=others), weight.max(axis=others))).scale, np.float32)
 
 
+def kernel_scales(weight: Array, bias: Array | None, scale: float) -> Array:
+    """The scales of a convolution's weight (outputs,), float32: those of `weight_scales`, but no smaller than the bias allows.
+
+    ONNX Runtime stores the bias as int32 on the product of both scales: that has to hold it, and where a channel's weights are all 0 it is
+    what the channel computes.
+
+    Args:
+        weight: (outputs, inputs, …).
+        bias: (outputs,), or None.
+        scale: The activation's.
+    """
+    found = weight_scales(weight, 0).astype(np.float64)
+    if bias is None:
+        return found.astype(np.float32)
+    largest = np.abs(bias.astype(np.float64)) / scale
+    empty = np.abs(weight.reshape(len(weight), -1)).max(axis=1) == 0
+    return np.where(empty & (largest > 0), largest / 2**20, np.maximum(found, largest / 2**30)).astype(np.float32)
+
+
 def _nearest(weight: Array, scale: Array, axis: int) -> Array:
     """(inputs, outputs) codes of a matrix whose axis counts the outputs."""
     rows = weight if axis == 1 else weight.T
     return GRIDS[WEIGHTS].codes(rows, Parameters(scale.astype(np.float64), 0.0)).astype(np.int8)
-
-
-def _put_in_place(graph: ir.Graph, old: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Puts a chain of nodes, the first of which takes over the name, in the place of a node."""
-    value, last = old.outputs[0], nodes[-1].outputs[0]
-    shape = list(dims(value) or ())
-    for count, node in enumerate(nodes):
-        node.name = old.name if not count else f"{old.name}/{node.op_type}.{count}"
-        made = node.outputs[0]
-        made.type = value.type
-        made.shape = value.shape if made is last else ir.Shape(shape if len(shape) > 2 else [1, *shape])
-        made.name = f"{node.name}.output"
-        graph.insert_before(old, node)
-    name = value.name
-    if value.is_graph_output():
-        last.metadata_props.update(value.metadata_props)
-    value.replace_all_uses_with(last, replace_graph_outputs=True)
-    value.name = None
-    last.name = name
-    graph.remove(old, safe=True)
 
 
 def _widen_biases(graph: ir.Graph, value: ir.Value, rank: int) -> None:
@@ -242,29 +317,16 @@ def _widen_biases(graph: ir.Graph, value: ir.Value, rank: int) -> None:
         tensor = constant_tensor(other) if other is not None else None
         if other is not None and tensor is not None and len(tensor.shape) == 1:
             node.replace_input_with(1 - index, _wide(graph, other, rank))
-            if not other.uses() and other.is_initializer() and other.name is not None:
-                del graph.initializers[other.name]
+            drop_unread(graph, other)
 
 
 def _wide(graph: ir.Graph, vector: ir.Value, rank: int) -> ir.Value:
     """A constant vector with axes of 1 before it."""
     tensor = constant_tensor(vector)
     assert tensor is not None
-    return _constant(graph, f"{vector.name}.wide", ir.tensor(tensor.numpy().reshape([1] * (rank - 1) + [-1])))
+    return constant_of(graph, f"{vector.name}.wide", ir.Tensor(tensor.numpy().reshape([1] * (rank - 1) + [-1])))
 
 
 def _first_axis(graph: ir.Graph) -> ir.Value:
     found = graph.initializers.get(_FIRST_AXIS)
-    return found if found is not None else _constant(graph, _FIRST_AXIS, ir.tensor(np.array([0], np.int64)))
-
-
-def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    count = 1
-    unique = name
-    while unique in graph.initializers:
-        count += 1
-        unique = f"{name}.{count}"
-    tensor.name = unique
-    value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return found if found is not None else constant_of(graph, _FIRST_AXIS, ir.Tensor(np.array([0], np.int64)))

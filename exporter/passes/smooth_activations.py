@@ -82,12 +82,14 @@ class SmoothActivations(ir.passes.InPlacePass):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
         self._peaks, self._alpha = peaks, alpha
+        self._taken: set[str] = set()
         self.smoothed: dict[str, Array] = {}
         self.skipped: list[Reason] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the main graph in place."""
         values = {value.name: value for node in model.graph for value in node.outputs}
+        self._taken = {*model.graph.initializers, *(name for name in values if name is not None)}
         for name, peaks in self._peaks.items():
             if (value := values.get(name)) is None:
                 self.skipped.append(Reason("no node makes it", where=name))
@@ -109,7 +111,7 @@ class SmoothActivations(ir.passes.InPlacePass):
         if isinstance(edits, str):
             return edits
         for edit in (*edits, *(_Edit(node, 1, _along(node, factors)) for node in weights)):
-            _apply(graph, edit)
+            _apply(graph, edit, self._taken)
         assert value.name is not None
         self.smoothed[value.name] = factors
         return ""
@@ -259,15 +261,15 @@ def _split(node: ir.Node, value: ir.Value, factor: Array) -> list[_Edit] | str:
     return _input_divided(node, 0, whole)
 
 
-def _apply(graph: ir.Graph, edit: _Edit) -> None:
+def _apply(graph: ir.Graph, edit: _Edit, taken: set[str]) -> None:
     value = edit.node.inputs[edit.index]
     assert value is not None
     assert value.dtype is not None
     if not edit.constant:
-        factor = _new(graph, f"{value.name}.smoothing", ir.tensor(edit.factor.astype(value.dtype.numpy())))
+        factor = _new(graph, f"{value.name}.smoothing", ir.tensor(edit.factor.astype(value.dtype.numpy())), taken)
         node = new_node(edit.node, "Mul", [value, factor])
         made = node.outputs[0]
-        made.name, made.type, made.shape = _unused(graph, f"{value.name}.smoothed"), value.type, value.shape
+        made.name, made.type, made.shape = _unused(f"{value.name}.smoothed", taken), value.type, value.shape
         node.name = made.name
         graph.insert_before(edit.node, node)
         edit.node.replace_input_with(edit.index, made)
@@ -278,24 +280,25 @@ def _apply(graph: ir.Graph, edit: _Edit) -> None:
     tensor = ir.LazyTensor(
         lambda: ir.tensor((source.numpy() * factor_array).astype(dtype.numpy())), dtype=dtype, shape=ir.Shape(shape), cache=False
     )
-    edit.node.replace_input_with(edit.index, _new(graph, f"{value.name}.smoothed", tensor))
+    edit.node.replace_input_with(edit.index, _new(graph, f"{value.name}.smoothed", tensor, taken))
     if not value.uses() and value.is_initializer() and value.name is not None:
         del graph.initializers[value.name]
 
 
-def _new(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    name = _unused(graph, name)
+def _new(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, taken: set[str]) -> ir.Value:
+    name = _unused(name, taken)
     tensor.name = name
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     graph.register_initializer(value)
     return value
 
 
-def _unused(graph: ir.Graph, name: str) -> str:
-    taken = {*graph.initializers, *(value.name for node in graph for value in node.outputs)}
+def _unused(name: str, taken: set[str]) -> str:
+    """A name that is not taken, and is from now on."""
     count = 1
     found = name
     while found in taken:
         count += 1
         found = f"{name}.{count}"
+    taken.add(found)
     return found

@@ -20,29 +20,33 @@ from isthmus.calibration.calibrator import CALIBRATORS
 from isthmus.calibration.cases import draw_inputs
 from isthmus.calibration.data import RANDOM, CalibrationData, check_preprocess, check_size, given_data, trajectory_data
 from isthmus.calibration.observe import Observer
-from isthmus.calibration.statistics import channels
+from isthmus.calibration.statistics import Gathering, peaks
 from isthmus.calibration.table import calibration_table
 from isthmus.calibration.verify import module_runner, to_array
-from isthmus.calibration.weights import corrections, gptq_weights
+from isthmus.calibration.weights import gptq_weights
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.errors import IsthmusError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.errors import IsthmusError, Reason, UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.grids import ACTIVATION_GRIDS, WeightGrid
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import module_of, optimise
 from isthmus.exporter.passes._rewrite import constant_tensor, is_op
 from isthmus.exporter.passes.fp8_layers import Layer
+from isthmus.exporter.passes.layer_values import layer_values
 from isthmus.exporter.passes.smooth_activations import SmoothActivations
 from isthmus.exporter.preprocess import Preprocess, parse_preprocess
-from isthmus.exporter.ranges import CalibrationTable
+from isthmus.exporter.ranges import CalibrationTable, DataInfo
 from isthmus.exporter.sampling import GraphSampler
 from isthmus.exporter.source import Model, Source, load_source
 from isthmus.exporter.spec import Dynamic, Sampler
-from isthmus.exporter.target import Job
+from isthmus.exporter.target import Job, Target
 from isthmus.exporter.trace import dimension_names, trace
 from isthmus.results import Progress, Silent
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Run = Callable[[Mapping[str, np.ndarray[Any, Any]]], Mapping[str, np.ndarray[Any, Any]]]
+
+ROUNDINGS = ("nearest", "gptq")
+"""What `--weight-rounding` takes, the default first."""
 
 RANDOM_WARNING = (
     "Calibrated on random inputs, as was asked for: the ranges say nothing of real inputs, which may saturate. "
@@ -101,7 +105,7 @@ def calibrate(
 ) -> CalibrateResult:
     """Observes the ranges of a model's activations, for every precision that needs them, and writes them as a calibration table.
 
-    Observed is what matrix products and attention read. The file is written whole or not at all.
+    Observed is what matrix products and attention read, and what those with a weight compute. The file is written whole or not at all.
 
     Args:
         model: See `pipeline.export`, as for all that is not named here.
@@ -152,9 +156,9 @@ def calibrate(
         graph = optimise(
             onnx_files.to_onnx(program, opset=opset, input_names=list(source.example), output_names=outputs, dimension_names=names)
         )
-    observed = operands(graph)
-    if not observed:
+    if not operands(graph):
         raise UnsupportedError(f"no matrix product of {source.name} reads an activation", hint="there is nothing to calibrate")
+    observed = tuple(dict.fromkeys((*operands(graph), *(name for layer in layer_values(graph) for name in (layer.product, layer.result)))))
     with step("calibrating"):
         table = calibration_table(
             Observer(graph, observed).observe(data),
@@ -184,16 +188,20 @@ def operands(model: ir.Model) -> tuple[str, ...]:
 
 
 def readers(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
-    """The PyTorch module of the first node that reads each value."""
+    """The PyTorch module of the first node that reads each value; of the one that computes it, where that is none."""
     found: dict[str, str] = {}
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.name is not None:
                 found.setdefault(value.name, module_of(node))
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name is not None and not found.get(value.name):
+                found[value.name] = module_of(node)
     return {name: found[name] for name in names if name in found}
 
 
-def smoothed_job(job: Job[Any], names: Sequence[str], data: CalibrationData, alpha: float | None) -> tuple[Job[Any], list[str]]:
+def smoothed_job(job: Job[Any], names: Sequence[str], data: CalibrationData | None, alpha: float | None) -> tuple[Job[Any], list[str]]:
     """The job with outlier channels of the named activations smoothed (`passes.smooth_activations`), and a sentence for the report.
 
     Args:
@@ -205,21 +213,92 @@ def smoothed_job(job: Job[Any], names: Sequence[str], data: CalibrationData, alp
     Raises:
         IsthmusError: The graph fails on the data.
     """
-    if alpha is None or not names:
+    if alpha is None or data is None or not names:
         return job, []
-    seen = channels(Observer(job.onnx, names), data.sets, names)
+    seen = peaks(Observer(job.onnx, names), data.sets, names)
     model = job.onnx.clone()
-    smooth = SmoothActivations({name: found.peaks for name, found in seen.items()}, alpha=alpha)
+    smooth = SmoothActivations(seen, alpha=alpha)
     smooth(model)
     note = f"{len(smooth.smoothed)} of {len(names)} activations are smoothed with alpha {alpha:g}; the others cannot be, or need not"
     return dataclasses.replace(job, model=model), [note]
 
 
-def rounded_job(job: Job[Any], layers: Sequence[Layer], observer: Observer, data: CalibrationData, grid: WeightGrid) -> Job[Any]:
+def rounded_job(
+    job: Job[Any],
+    layers: Sequence[Layer],
+    observer: Observer,
+    data: CalibrationData,
+    grid: WeightGrid,
+    gathered: Gathering | None = None,
+) -> Job[Any]:
     """The job with the weights of layers rounded by GPTQ, and the mean error that is left corrected; see `calibration.weights`."""
-    weights = gptq_weights(job.onnx, layers, observer, data.sets, grid)
-    added = corrections(job.onnx, layers, observer, data.sets, weights)
+    weights, added = gptq_weights(job.onnx, layers, observer, data.sets, grid, gathered=gathered)
     return dataclasses.replace(job, weights=weights, corrections=added)
+
+
+def calibrates(
+    target: Target[Any],
+    precision: str,
+    *,
+    data: str | None,
+    size: int | None,
+    method: str | None,
+    preprocess: str | None,
+    table: Path | None,
+    rounding: str | None,
+    smooth: float | None,
+) -> bool:
+    """Whether an export needs calibration data or a table. The arguments are those of `pipeline.export`, as they were given.
+
+    Raises:
+        UsageError: One of them has no use; all such are listed.
+    """
+    if smooth is not None and not 0 <= smooth <= 1:
+        raise UsageError(f"smooth: got {smooth}, expected a number from 0 to 1")
+    of_data = {"--calibration-data": data, "--calibration-size": size, "--calibration-preprocess": preprocess}
+    of_ranges = {"--calibration-method": method, "--calibration-table": table, "--smooth": smooth}
+    if precision in target.rounded:
+        why = f"{precision} on {target.name} stores weights alone in few bits, and has no ranges of activations"
+        _refuse(of_ranges, f"{target.name} in {precision} has no use for all of these", why)
+        if rounding != "gptq":
+            _refuse(of_data, f"{target.name} in {precision} has no use for calibration data", "only --weight-rounding gptq reads it")
+        return rounding == "gptq"
+    if precision not in target.calibrated:
+        if any(value is not None for value in (*of_data.values(), *of_ranges.values(), rounding)):
+            choose = [*target.calibrated, *target.rounded]
+            raise UsageError(
+                f"{target.name} in {precision} is not calibrated, so calibration data has no use",
+                hint=f"leave it out, or choose --precision {' or '.join(choose)}" if choose else "leave it out",
+            )
+        return False
+    if not target.opsets:
+        why = f"smoothing rewrites the ONNX graph, and {target.name} is lowered from the PyTorch program"
+        _refuse({"--smooth": smooth}, f"{target.name} in {precision} cannot smooth activations", why)
+    if table is not None:
+        other = {**of_data, "--calibration-method": method}
+        _refuse(other, "--calibration-table holds ranges that are chosen already", "leave it out, or the table")
+        needs = {"--smooth": smooth, "--weight-rounding gptq": rounding if rounding == "gptq" else None}
+        _refuse(needs, "--calibration-table holds ranges alone", "it needs the inputs: give --calibration-data in place of the table")
+    return True
+
+
+def _refuse(options: Mapping[str, object], message: str, why: str) -> None:
+    if reasons := [Reason(why, where=name) for name, value in options.items() if value is not None]:
+        raise UsageError(message, reasons=reasons)
+
+
+def check_table(table: CalibrationTable, path: Path | None, source: Source) -> None:
+    """Refuses a table of other weights than those that are exported.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if table.weights and table.weights != source.weights.sha256:
+        raise UsageError(
+            f"{path} was observed on other weights: sha256 {table.weights[:12]}… of {table.model or 'a model'}, "
+            f"got {source.weights.sha256[:12]}… of {source.name}",
+            hint="calibrate the model that is exported, with the same --weights and --seed",
+        )
 
 
 def sampler_of(source: Source) -> Sampler | None:
@@ -267,7 +346,7 @@ def draw_data(source: Source, run: Run, *, seed: int, size: int | None) -> Calib
     return trajectory_data(sampler, run, example=example, seed=seed, size=size, timestep=_timestep(source))
 
 
-def warnings_of(data: CalibrationData | None) -> list[str]:
+def warnings_of(data: CalibrationData | DataInfo | None) -> list[str]:
     """What people have to know of the data."""
     return [RANDOM_WARNING] if data is not None and data.source == RANDOM else []
 

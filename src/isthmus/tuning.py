@@ -24,6 +24,7 @@ from isthmus.calibration.executors import executor
 from isthmus.calibration.journal import Journal
 from isthmus.calibration.metrics import compare
 from isthmus.calibration.observe import Observer
+from isthmus.calibration.perceptual import LARGEST, lpips_style, network
 from isthmus.calibration.recipe import Recipe, patterns_of
 from isthmus.calibration.sensitivity import Unit, all_flops, units_of
 from isthmus.calibration.switches import switched
@@ -103,6 +104,7 @@ def tune(
     precision: str,
     min_sqnr: float | None = None,
     min_psnr: float | None = None,
+    max_lpips: float | None = None,
     target: str | None = None,
     opset: int | None = None,
     batch_size: int | None = None,
@@ -136,7 +138,8 @@ def tune(
         output: The recipe's file, YAML; written whole or not at all.
         precision: `fp8` or `int8`.
         min_sqnr: The least SQNR of the worst output over the held-out inputs, against float32, dB.
-        min_psnr: The least PSNR of the pictures at the end of the sampler, against float32, dB. One of the two bounds is needed.
+        min_psnr: The least PSNR of the pictures at the end of the sampler, against float32, dB.
+        max_lpips: The largest mean LPIPS-style distance of these pictures; see `calibration.perceptual`. One of the three bounds is needed.
         target: By default that of `TARGET`.
         opset: ONNX opset of the graph.
         batch_size: See `pipeline.export`.
@@ -162,7 +165,7 @@ def tune(
     Raises:
         UsageError: An argument is wrong, or the data does not fit the model.
         UnsupportedError: The target cannot take the model, or nothing of it can be quantised.
-        MachineError: ONNX Runtime or Ray is missing.
+        MachineError: ONNX Runtime or Ray is missing, or, for `max_lpips`, the weights of the network.
         IsthmusError: No module fits into the budget, or something failed.
     """
     step = (progress or Silent()).step
@@ -171,7 +174,7 @@ def tune(
     chosen = TARGETS[target or TARGET[precision]]()
     if precision not in chosen.calibrated or f"{precision}_include" not in chosen.Options.model_fields:
         raise UsageError(f"{chosen.name} cannot be told which modules compute in {precision}", hint=f"choose --target {TARGET[precision]}")
-    if min_sqnr is None and min_psnr is None:
+    if min_sqnr is None and min_psnr is None and max_lpips is None:
         raise UsageError("a budget of accuracy is missing", hint="for example --min-sqnr 28")
     if output.exists() and not (force and output.is_file()):
         raise UsageError(f"the output {output} exists", hint="give --force to replace a file, or another -o")
@@ -189,6 +192,8 @@ def tune(
     check_size(held_out)
     preprocess = parse_preprocess(calibration_preprocess) if calibration_preprocess is not None else None
     check_preprocess(calibration_data, preprocess)
+    if max_lpips is not None:
+        network()
 
     with executor(executor_name, jobs=jobs, address=address) as running, tempfile.TemporaryDirectory(prefix="isthmus-") as temporary:
         with step("building the model"):
@@ -197,9 +202,11 @@ def tune(
             )
             given = read_data(source, calibration_data, seed=seed, size=calibration_size, preprocess=preprocess)
         sampler = sampler_of(source)
-        if min_psnr is not None and sampler is None:
+        drawn_bounds = [name for name, bound in (("--min-psnr", min_psnr), ("--max-lpips", max_lpips)) if bound is not None]
+        if drawn_bounds and sampler is None:
             raise UsageError(
-                f"--min-psnr is for models that draw pictures with trained weights, and {source.name} does not", hint="give --min-sqnr"
+                f"{' and '.join(drawn_bounds)}: for models that draw pictures with trained weights, and {source.name} does not",
+                hint="give --min-sqnr",
             )
         with step("running PyTorch"), native_kernels(False):
             run = module_runner(source.module, source.example, source.spec.outputs if source.spec else None)
@@ -242,14 +249,19 @@ def tune(
                 assert pictures is not None
                 return trialing.value(f"psnr {seed}", best.fingerprint, on, lambda: pictures.psnr(on))
 
+            def lpips(on: frozenset[int]) -> float:
+                assert pictures is not None
+                return trialing.value(f"lpips-style {seed}", best.fingerprint, on, lambda: pictures.lpips(on))
+
             total = all_flops(job.onnx, sizes)
             default = frozenset(i for i, unit in enumerate(units) if all(layer.node in usual for layer in unit.layers))
             found = search(
                 units,
                 total,
-                Budget(min_sqnr, min_psnr),
+                Budget(min_sqnr, min_psnr, max_lpips),
                 noises=lambda choices: trialing.noises(best.folder, best.fingerprint, choices),
                 psnr=psnr if pictures is not None else None,
+                lpips=lpips if pictures is not None else None,
                 also=[on for on in (default, frozenset(range(len(units)))) if on],
             )
             if pictures is not None and found.best.psnr_db is None:
@@ -264,7 +276,7 @@ def tune(
         "weights": source.weights.sha256,
         "target": chosen.name,
         "precision": precision,
-        "budget": {"min_sqnr_db": min_sqnr, "min_psnr_db": min_psnr},
+        "budget": {"min_sqnr_db": min_sqnr, "min_psnr_db": min_psnr, "max_lpips_style": max_lpips},
         "calibration": {"method": setting[0], "weight_rounding": setting[1], "smooth": smooth, **data.summary()},
         "held_out": held.summary(),
         "chosen": point_value(found.best, units),
@@ -279,6 +291,7 @@ def tune(
         ],
     }
     drawn = f", PSNR of the pictures {found.best.psnr_db:.2f} dB" if found.best.psnr_db is not None else ""
+    drawn += f", their LPIPS-style distance {found.best.lpips_style:.3g}" if found.best.lpips_style is not None else ""
     sentence = f"{found.best.share:.1%} of the operations of matrix products in {precision}: SQNR {found.best.sqnr_db:.2f} dB{drawn}"
     _write(beside(output, "pareto.json"), json.dumps(value, indent=2, allow_nan=False) + "\n")
     _write(output, recipe.text(notes=[f"{source.name} for {chosen.name}, by isthmus tune", sentence, *notes]))
@@ -380,15 +393,27 @@ class _Pictures:
         self._sampler, self._folder, self._seed = sampler, folder, seed
         self._trials: Trials | None = None
         self._reference: np.ndarray[Any, Any] | None = None
+        self._last: tuple[frozenset[int], np.ndarray[Any, Any]] | None = None
 
     def psnr(self, on: frozenset[int]) -> float:
         """The PSNR of the pictures with some switches on, dB."""
+        reference, candidate = self._pair(on)
+        found = compare(reference, candidate, case="samples", output="images").psnr_db
+        return float(np.clip(np.nan_to_num(found, nan=-LARGEST_PSNR), -LARGEST_PSNR, LARGEST_PSNR))
+
+    def lpips(self, on: frozenset[int]) -> float:
+        """The mean LPIPS-style distance of the pictures with some switches on; the largest that there is for pictures that are broken."""
+        return float(np.nan_to_num(np.mean(lpips_style(*self._pair(on))), nan=LARGEST))
+
+    def _pair(self, on: frozenset[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The pictures without quantisation, and with it. The last ones are kept: two measures of one choice draw once."""
         if self._trials is None:
             self._trials = Trials(self._folder)
         if self._reference is None:
             self._reference = self._draw(self._trials, frozenset())
-        found = compare(self._reference, self._draw(self._trials, on), case="samples", output="images").psnr_db
-        return float(np.clip(np.nan_to_num(found, nan=-LARGEST_PSNR), -LARGEST_PSNR, LARGEST_PSNR))
+        if self._last is None or self._last[0] != on:
+            self._last = on, self._draw(self._trials, on)
+        return self._reference, self._last[1]
 
     def _draw(self, trials: Trials, on: frozenset[int]) -> np.ndarray[Any, Any]:
         return self._sampler(lambda inputs: trials.run(inputs, on), np.random.Generator(np.random.PCG64(self._seed))).images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -15,6 +15,9 @@ from ...exporter.sampling import LoopSampler
 from ...exporter.spec import Tolerance
 from ...exporter.target import Capability, Embedded, Job, Lowered, Stage, Target, register_target
 from .options import CoreMLOptions
+
+if TYPE_CHECKING:
+    from ...exporter.passes.fp8_layers import Layer
 
 MODEL = "model.mlpackage"
 _PALETTES = ("palette8", "palette6", "palette4", "palette2")
@@ -74,6 +77,19 @@ class CoreML(Target[CoreMLOptions]):
         from .lower import unsupported
 
         return unsupported(job)
+
+    def observed(self, job: Job[CoreMLOptions]) -> tuple[str, ...]:
+        """What the layers read and compute, in the ONNX graph that all targets are calibrated on."""
+        from .lower import calibrated_layers
+
+        return tuple(dict.fromkeys(name for layer in calibrated_layers(job) for name in (layer.operand, layer.result)))
+
+    def quantised(self, job: Job[CoreMLOptions]) -> tuple[Layer, ...]:
+        """The layers whose weights GPTQ can round: products with a matrix."""
+        from ...exporter.passes.fp8_layers import Layer
+        from .lower import calibrated_layers
+
+        return tuple(Layer(layer.node, layer.module, "weight", (layer.operand,), layer.axis) for layer in calibrated_layers(job))
 
     def lower(self, job: Job[CoreMLOptions], folder: Path) -> Lowered:
         """Writes `model.mlpackage`, or one of its chunks after the other with `--chunk-size`."""

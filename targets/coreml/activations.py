@@ -1,4 +1,4 @@
-"""Activations in 8 bits: ranges from the interpreter, and the operations that quantise.
+"""Activations in 8 bits: the operations that quantise, at the ranges of a calibration table.
 
 coremltools' `linear_quantize_activations` asks Core ML for the ranges, which is on macOS alone, and keeps those of the last sample only
 (coremltools 9.0, `ModelDebugger.record_intermediate_output` overwrites what it then takes the minimum with).
@@ -7,23 +7,18 @@ coremltools' `linear_quantize_activations` asks Core ML for the ranges, which is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from .interpreter import Observed, observe
+from ...exporter.grids import GRIDS, Interval
+from .ranges import GRID, Calibration, Range, result_of
 
 Array = np.ndarray[Any, Any]
 
-# Functions that Core ML fuses with the layer before them: the result of both is what is quantised.
-_FUSED = frozenset({"relu", "relu6", "leaky_relu", "tanh", "sigmoid"})
 
-_STEPS = 127
-"""int8's largest number: scales are symmetric, as Core ML's 8-bit multipliers have it, and -128 is not used."""
-
-
-def quantize(program: Any, layers: Iterable[Any], samples: Sequence[Mapping[str, Array]]) -> list[dict[str, object]]:
+def quantize(program: Any, layers: Iterable[Any], calibration: Calibration) -> list[dict[str, object]]:
     """Rounds what goes into the layers and what comes out of them to int8, with one scale for each tensor.
 
     A pair of `quantize` and `dequantize` stands before and behind each layer, the pattern that Core ML makes an 8-bit layer of. A result
@@ -32,46 +27,40 @@ def quantize(program: Any, layers: Iterable[Any], samples: Sequence[Mapping[str,
     Args:
         program: From `interpreter.load`; changed in place.
         layers: The operations `conv` and `linear` among these are taken; others are left.
-        samples: Inputs that the ranges are found with.
+        calibration: The ranges of the program's values.
 
     Returns:
-        For the manifest, for each tensor: `name`, `operation` that it goes into or comes from, `bits`, `how`, and `range`; `reason` for a
-        layer that is left.
-
-    Raises:
-        UsageError, UnsupportedError, IsthmusError: See `Interpreter.run`.
+        For the manifest, for each tensor: `name`, `operation` that it goes into or comes from, `bits`, `how`, `range`, and `value`, its
+        name in the calibration table; `reason` for a layer that is left.
     """
-    ranges = observe(program, samples)
     done: list[dict[str, object]] = []
     chosen = {layer for layer in layers if layer.op_type in ("conv", "linear")}
     for function in program.functions.values():
-        _walk(function, chosen, ranges, done)
+        _walk(function, chosen, calibration, done)
     return done
 
 
-def _walk(block: Any, layers: set[Any], ranges: Mapping[str, Observed], done: list[dict[str, object]]) -> None:
+def _walk(block: Any, layers: set[Any], calibration: Calibration, done: list[dict[str, object]]) -> None:
+    ranges = calibration.ranges
     rounded: dict[Any, Any] = {}  # the values that have a pair already, and what is read instead
     with block:
         for operation in list(block.operations):
             for inner in operation.blocks:
-                _walk(inner, layers, ranges, done)
+                _walk(inner, layers, calibration, done)
             if operation not in layers:
                 continue
             source = operation.x
             if source not in rounded:
-                refused = _refused(source, ranges)
+                refused = _refused(source, calibration)
                 entry: dict[str, object] = {"name": source.name, "operation": operation.op_type}
                 done.append(entry | (_how(ranges[source.name]) if not refused else {"bits": 16, "reason": refused}))
                 if refused:
                     continue
                 rounded[source] = _pair(source, ranges[source.name], operation)
             operation.set_inputs(no_check_var_types=True, **{**operation.inputs, "x": rounded[source]})
-            last = operation
-            readers = operation.outputs[0].child_ops
-            if len(readers) == 1 and readers[0].op_type in _FUSED and readers[0].enclosing_block is block:
-                last = readers[0]
-            result = last.outputs[0]
-            if result.consuming_blocks or not result.child_ops or _refused(result, ranges):
+            result = result_of(operation)
+            last = result.op
+            if result.consuming_blocks or not result.child_ops or _refused(result, calibration):
                 continue
             after = _next(block, last)
             pair = _pair(result, ranges[result.name], after)
@@ -90,30 +79,30 @@ def _next(block: Any, operation: Any) -> Any:
     raise AssertionError("a result that is read has an operation behind it")
 
 
-def _refused(variable: Any, ranges: Mapping[str, Observed]) -> str:
+def _refused(variable: Any, calibration: Calibration) -> str:
     """Why a value is not rounded to int8; empty when it is."""
-    if variable.name not in ranges:
-        return "the samples do not compute it"
-    if not math.isfinite(ranges[variable.name].peak):
-        return "it is infinite, or no number, in the samples"
-    return ""
+    found = calibration.ranges.get(variable.name)
+    if found is None:
+        return calibration.reasons.get(variable.name, "the calibration has no such value")
+    return "" if math.isfinite(found.amax) else "its range is infinite, or no number"
 
 
-def _scale(observed: Observed, dtype: np.dtype[Any]) -> Array:
+def _scale(found: Range, dtype: np.dtype[Any]) -> Array:
     """The step of the grid, no smaller than the dtype's smallest normal number."""
-    return np.array(max(observed.peak / _STEPS, float(np.finfo(dtype).tiny)), dtype)
+    step = float(GRIDS[GRID].parameters(Interval(-found.amax, found.amax)).scale)
+    return np.array(max(step, float(np.finfo(dtype).tiny)), dtype)
 
 
-def _how(observed: Observed) -> dict[str, object]:
-    return {"bits": 8, "how": "one scale", "range": [observed.low, observed.high]}
+def _how(found: Range) -> dict[str, object]:
+    return {"bits": 8, "how": "one scale", "range": [-found.amax, found.amax], "value": found.value}
 
 
-def _pair(variable: Any, observed: Observed, before: Any) -> Any:
+def _pair(variable: Any, found: Range, before: Any) -> Any:
     """The value rounded to int8 and back, computed before that operation."""
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import types
 
-    scale = _scale(observed, np.dtype(np.float16 if variable.dtype == types.fp16 else np.float32))
+    scale = _scale(found, np.dtype(np.float16 if variable.dtype == types.fp16 else np.float32))
     name = f"{variable.name}_int8"
     rounded = Builder.quantize(input=variable, scale=scale, output_dtype="int8", name=name, before_op=before)
     return Builder.dequantize(input=rounded, scale=scale, name=f"{name}_wide", before_op=before)

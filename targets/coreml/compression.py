@@ -10,6 +10,7 @@ import collections
 import contextlib
 import fnmatch
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from ...exporter.errors import Reason, UsageError
+from ...exporter.grids import RoundedWeight
 from ...exporter.quiet import quiet
 from . import activations
 from .interpreter import load
 from .palettes import palette
+from .ranges import Calibrate, Calibration
 from .rewriting import written
 
 Array = np.ndarray[Any, Any]
@@ -116,14 +119,14 @@ def unsupported(how: str, deployment_target: str, *, group: int | None = None) -
 
 
 def compress(
-    model: Any, how: str, samples: Sequence[Mapping[str, Array]] = (), keep: Sequence[str] = (), *, group: int | None = None
+    model: Any, how: str, calibrate: Calibrate | None = None, keep: Sequence[str] = (), *, group: int | None = None
 ) -> tuple[Any, list[dict[str, object]]]:
     """Compresses the weights of a converted model, and for `w8a8` the inputs and outputs of the layers that read them.
 
     Args:
         model: A `coremltools.models.MLModel` with one function.
         how: One of `SCHEMES`.
-        samples: Inputs to find the ranges of activations with, by their names in the package; only `w8a8` reads them.
+        calibrate: What gives the ranges of the program's activations, and weights that are not rounded to nearest; for `w8a8` alone.
         keep: Patterns of weights that stay as they are, by their names in PyTorch or in the package (`blocks.0.*`, `*.proj_out.weight`).
         group: Output channels that share a table; that of the scheme when None, 0 for one table for each weight.
 
@@ -132,7 +135,7 @@ def compress(
         `shape`, `bits`, `how` when it was compressed, `reason` when it was not, or not as asked.
 
     Raises:
-        UsageError: There is no such scheme, the model's system does not read it, a pattern fits no weight, or `w8a8` has no samples.
+        UsageError: There is no such scheme, the model's system does not read it, a pattern fits no weight, or `w8a8` has no calibration.
         IsthmusError: The model cannot be read or run.
     """
     scheme = _scheme(how)
@@ -141,8 +144,8 @@ def compress(
         target = _target(program)
         reasons = unsupported(how, target, group=group or None)
         reasons += (
-            [Reason("calibration samples are missing", where=how, fix="give inputs of the model")]
-            if scheme.activations and not samples
+            [Reason("a calibration is missing", where=how, fix="give --calibration-data or --calibration-table")]
+            if scheme.activations and calibrate is None
             else []
         )
         weights = list(_constants(program))
@@ -158,19 +161,27 @@ def compress(
             group = GROUP if scheme.grouped and _year(target) >= _year(GROUPS_SINCE) else 0
         done: list[dict[str, object]] = []
         configs: dict[str, Any] = {}
+        calibration = calibrate(program) if calibrate is not None and scheme.activations else Calibration()
+        codes: list[tuple[_Weight, RoundedWeight]] = []
         for weight in weights:
             config, note = _plan(weight, scheme, keep, group)
             entry: dict[str, object] = {"name": weight.name, "operation": weight.operation, "shape": list(weight.shape)}
             if config is None:
                 entry |= {"bits": weight.bits, "reason": note}
+            elif (found := _rounded(weight, calibration)) is not None:
+                codes.append((weight, found))
+                entry |= {"bits": scheme.bits, "how": f"{note}, rounded by GPTQ"}
             else:
                 configs[weight.variable.op.name] = config
                 entry |= {"bits": scheme.bits, "how": note}
             done.append(entry)
         with contextlib.nullcontext():
             if scheme.activations:
-                layers = {op for weight in weights if weight.variable.op.name in configs for op in weight.variable.child_ops}
-                done += activations.quantize(program, layers, samples)
+                taken = {*configs, *(weight.variable.op.name for weight, _ in codes)}
+                layers = {op for weight in weights if weight.variable.op.name in taken for op in weight.variable.child_ops}
+                done += activations.quantize(program, layers, calibration)
+            for weight, found in codes:
+                _store(weight, found, calibration, blocks=_year(target) >= _year(GROUPS_SINCE))
             _compress(program, scheme, configs)
         return written(program, model), done
 
@@ -289,6 +300,49 @@ def _channels(weight: _Weight) -> tuple[int, int]:
         turned = bool((operation.transpose_x if first else operation.transpose_y).val)
         return (rank - 1, rank - 2) if first == turned else (rank - 2, rank - 1)
     return 0, 1
+
+
+def _rounded(weight: _Weight, calibration: Calibration) -> RoundedWeight | None:
+    """The codes of a weight, where there are some, and every layer that reads it is one of a matrix."""
+    layers = weight.variable.child_ops
+    found = [calibration.weights.get(layer.outputs[0].name) for layer in layers]
+    plain = all(layer.op_type in ("linear", "conv") and layer.weight is weight.variable for layer in layers)
+    rounded = found[0]
+    if rounded is None or not plain or any(other is not rounded for other in found):
+        return None
+    return rounded if rounded.codes.size == math.prod(weight.shape) and len(rounded.scale) == weight.shape[0] else None
+
+
+def _store(weight: _Weight, rounded: RoundedWeight, calibration: Calibration, *, blocks: bool) -> None:
+    """Puts codes in the place of a weight, and what the layers' outputs lack on average into their biases."""
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.mil import types
+
+    old = weight.variable.op
+    block, dtype = old.enclosing_block, weight.variable.val.dtype
+    data = rounded.codes.astype(np.int8).reshape(weight.shape)
+    with block:
+        for layer in list(weight.variable.child_ops):
+            added = calibration.corrections.get(layer.outputs[0].name)
+            if added is not None:
+                before = layer.bias.val if layer.bias is not None else np.zeros(len(added))
+                wide = np.float32 if layer.outputs[0].dtype == types.fp32 else np.float16
+                bias = Builder.const(
+                    val=(before.astype(np.float64) + added).astype(wide), before_op=layer, name=f"{layer.name}_bias_corrected"
+                )
+                layer.set_inputs(no_check_var_types=True, **{**layer.inputs, "bias": bias})
+        if blocks:
+            shape = (-1, *(1 for _ in weight.shape[1:]))
+            new = Builder.constexpr_blockwise_shift_scale(
+                data=data, scale=rounded.scale.astype(dtype).reshape(shape), before_op=old, name=f"{old.name}_quantized"
+            )
+        else:
+            new = Builder.constexpr_affine_dequantize(
+                quantized_data=data, zero_point=np.int8(0), scale=rounded.scale.astype(dtype), axis=np.int32(0), before_op=old,
+                name=f"{old.name}_quantized",
+            )  # fmt: skip
+        block.replace_uses_of_var_after_op(anchor_op=old, old_var=weight.variable, new_var=new, no_check_var_types=True)
+        block.remove_ops([old])
 
 
 def _compress(program: Any, scheme: Scheme, configs: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...exporter.errors import IsthmusError, Reason
 from ...exporter.passes.half_precision import overflowing
+from ...exporter.passes.layer_values import LayerValues, layer_values
 from ...exporter.quiet import quiet
 from ...exporter.target import Job, Lowered
 from . import tables
@@ -19,6 +21,7 @@ from .interpreter.program import operations_in
 from .modules import KEY, read_modules
 from .options import CoreMLOptions
 from .package import save, size
+from .ranges import Calibrate, Calibration, calibration_of
 from .session import Interface
 from .states import State
 
@@ -119,12 +122,6 @@ def _at_odds(options: CoreMLOptions, precision: str) -> list[Reason]:
     reasons = []
     if options.states and precision == "fp32":
         reasons.append(Reason("Core ML keeps states in float16, got fp32", where="--states", fix="--precision fp16, or leave them inputs"))
-    if options.states and precision == "w8a8":
-        what = "activations are calibrated on single calls, whose states are zero"
-        reasons.append(Reason(what, where="--states", fix="--precision int8"))
-    if options.shapes == "functions" and precision == "w8a8":
-        what = "activations are calibrated at the example's sizes, and every function has others"
-        reasons.append(Reason(what, where="--shapes functions", fix="--precision int8, or --shapes enumerated"))
     if options.chunk_size and options.shapes != "fixed":
         what = f"a model is cut at fixed sizes, got --shapes {options.shapes}"
         reasons.append(Reason(what, where="--chunk-size", fix="--shapes fixed, or leave one of them out"))
@@ -176,10 +173,29 @@ def _make(job: Job[CoreMLOptions], program: ExportedProgram, names: Sequence[str
     )
     if job.precision in UNCOMPRESSED:
         return _Made(found, wide=wide, plain=plain)
-    interface = Interface(inputs=dict(zip(names, identifiers(names), strict=True)), outputs={})
-    samples = [interface.given(sample)[0] for sample in job.samples]
-    model, done = compression.compress(found.model, job.precision, samples=samples, keep=options.keep)
+    model, done = compression.compress(found.model, job.precision, _calibrate(job, found.modules), keep=options.keep)
     return _Made(Converted(model, found.modules), done, wide, plain)
+
+
+def calibrated_layers(job: Job[CoreMLOptions]) -> tuple[LayerValues, ...]:
+    """The layers of the graph that a job is calibrated on, without those whose weights are too small to be compressed."""
+    from .compression import MINIMUM
+
+    sizes = {name: math.prod(value.shape.numpy()) for name, value in job.onnx.graph.initializers.items() if value.shape is not None}
+    return tuple(layer for layer in layer_values(job.onnx) if sizes.get(layer.weight, MINIMUM) >= MINIMUM)
+
+
+def _calibrate(job: Job[CoreMLOptions], modules: str) -> Calibrate | None:
+    """What gives the calibration of a program that was converted; None where the job has none."""
+    table = job.calibration
+    if table is None:
+        return None
+
+    def calibrate(program: Any) -> Calibration:
+        layers = layer_values(job.onnx)
+        return calibration_of(program, read_modules({KEY: modules}), layers, table, weights=job.weights, corrections=job.corrections)
+
+    return calibrate
 
 
 def _save(model: Any, folder: Path, limit: int, description: str, facts: Mapping[str, str]) -> list[Path]:

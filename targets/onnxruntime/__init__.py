@@ -1,4 +1,4 @@
-"""ONNX Runtime, on any machine: `model.onnx` (and `model.onnx.data`), fp32, fp16 or int8."""
+"""ONNX Runtime, on any machine: `model.onnx` (and `model.onnx.data`), fp32, fp16, int8, or weights in int4."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...exporter.bundle import Manifest
 from ...exporter.errors import Reason
@@ -39,6 +39,15 @@ class OnnxRuntimeOptions(BaseModel):
     int8_exclude: tuple[str, ...] = Field(
         (), description="With --precision int8: patterns of PyTorch module paths that stay in float32, for example 'blocks.0.*'."
     )
+    int4_block: Literal["32", "64", "128"] = Field(
+        "32", description="With --precision int4: neighbouring inputs of a weight that share a scale. Fewer are nearer, more are smaller."
+    )
+    int4_include: tuple[str, ...] = Field(
+        (), description="With --precision int4: patterns of PyTorch module paths whose weights are INT4 against the default."
+    )
+    int4_exclude: tuple[str, ...] = Field(
+        (), description="With --precision int4: patterns of PyTorch module paths whose weights stay in float32."
+    )
     threads: int = Field(0, ge=0, le=1024, description="Threads within an operator; 0 lets ONNX Runtime decide.")
     ssm_op: Literal["onnx27", "plugin", "decomposed"] = Field(
         "plugin",
@@ -46,13 +55,19 @@ class OnnxRuntimeOptions(BaseModel):
         "the same file (any ONNX Runtime runs the body, our library runs the node), or as plain operators only.",
     )
 
+    @field_validator("int4_block", mode="before")
+    @classmethod
+    def _text(cls, block: object) -> object:
+        return str(block) if isinstance(block, int) else block
 
-@register_target("onnxruntime", summary="ONNX Runtime on any machine: one ONNX file, fp32, fp16 or int8")
+
+@register_target("onnxruntime", summary="ONNX Runtime on any machine: one ONNX file, fp32, fp16, int8 or int4 weights")
 class OnnxRuntime(Target[OnnxRuntimeOptions]):
     """Lowers to one ONNX file of the standard operators and runs it in ONNX Runtime."""
 
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8", "int4")
     calibrated: ClassVar[tuple[str, ...]] = ("int8",)
+    rounded: ClassVar[tuple[str, ...]] = ("int4",)
     samplers: ClassVar[tuple[str, ...]] = ("step", "loop")
     opsets: ClassVar[tuple[int, ...]] = OPSETS
     Options: ClassVar[type[BaseModel]] = OnnxRuntimeOptions
@@ -80,39 +95,46 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
             check_provider(options.execution_provider)
 
     def unsupported(self, job: Job[OnnxRuntimeOptions]) -> list[Reason]:
-        """Nodes that ONNX Runtime does not know, element types that its CPU kernels lack, and what `--ssm-op onnx27` cannot express."""
-        from .support import unsupported, without_standard_operator
+        """Nodes that ONNX Runtime does not know, element types that its CPU kernels lack, and what `--ssm-op onnx27` cannot express.
 
-        return unsupported(job.onnx) + (without_standard_operator(job.onnx) if job.options.ssm_op == "onnx27" else [])
+        Raises:
+            UsageError: Patterns of layers are given for another precision.
+        """
+        from .support import at_odds, too_old, unsupported, without_standard_operator
+
+        at_odds(job)
+        return [
+            *unsupported(job.onnx),
+            *(without_standard_operator(job.onnx) if job.options.ssm_op == "onnx27" else []),
+            *(too_old(job.onnx) if job.precision == "int4" else []),
+        ]
 
     def observed(self, job: Job[OnnxRuntimeOptions]) -> tuple[str, ...]:
-        """The activations of the layers that compute in INT8; see `integers.selection`."""
-        from .integers import selection
-
-        return tuple(dict.fromkeys(name for layer in selection(job)[0] for name in layer.observed))
+        """The activations of the layers that compute in INT8, or have INT4 weights; see `quantised`."""
+        return tuple(dict.fromkeys(name for layer in self.quantised(job) for name in layer.observed))
 
     def quantised(self, job: Job[OnnxRuntimeOptions]) -> tuple[Layer, ...]:
-        """The layers that compute in INT8; see `integers.selection`."""
-        from .integers import selection
+        """The layers that compute in INT8, or have INT4 weights; see `integers.selection` and `narrow.selection`."""
+        from . import integers, narrow
 
-        return selection(job)[0]
+        return narrow.selection(job).layers if job.precision == "int4" else integers.selection(job)[0]
 
     def lower(self, job: Job[OnnxRuntimeOptions], folder: Path) -> Lowered:
         """Writes `model.onnx`, and `sampler.onnx` where that is asked for; in fp16, norms, softmax, accumulations and whatever leaves
-        fp16's range stay in fp32; in int8, products of an activation and a weight are 8 bits wide.
+        fp16's range stay in fp32; in int8, products of an activation and a weight are 8 bits wide; in int4, weights are 4 bits wide.
         """
         from .lower import lower
 
         return lower(job, folder / MODEL)
 
     def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:  # noqa: ARG002 - an ONNX file holds no code
-        """`onnx` (in int8 `quantized`): the file as every ONNX Runtime runs it, on the CPU. `native`, where the file has nodes of our own:
-        with our kernels in place of the nodes' bodies. `sampler`, with `--sampler loop`: the sampling graph, on the CPU. With
+        """`onnx` (in int8 and int4 `quantized`): the file as every ONNX Runtime runs it, on the CPU. `native`, where the file has nodes
+        of our own: with our kernels in place of the nodes' bodies. `sampler`, with `--sampler loop`: the sampling graph, on the CPU. With
         `--execution-provider cuda` also `device`.
         """
         options = OnnxRuntimeOptions.model_validate(manifest.options.get(self.name, {}))
         path, cpu = folder / MODEL, options.model_copy(update={"execution_provider": "cpu"})
-        stages = [Stage("quantized" if manifest.precision == "int8" else "onnx", _opener(path, cpu))]
+        stages = [Stage("quantized" if manifest.precision in ("int8", "int4") else "onnx", _opener(path, cpu))]
         if _has_nodes_of_ours(path):
             from ...exporter.ops import native
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...exporter.passes.fp8_layers import Excluded, Layer, select
 from ...exporter.passes.quantize_int8 import ACTIVATIONS, QuantizeInt8, choose
 from ...exporter.target import Job
 
-INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul")
+INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearConv")
 """What ONNX Runtime's graph has for products that it computes in integers (contrib operators, 1.32)."""
 
 _COUNTED = 2**30  # bytes of weights up to which the optimised graph is written out to be counted
@@ -54,7 +54,7 @@ def quantize(job: Job[Any], model: ir.Model) -> tuple[list[str], dict[str, Any],
     write = QuantizeInt8(layers, intervals, weights=job.weights, corrections=job.corrections)
     write(model)
     notes = [
-        f"{len(write.written)} matrix products compute in INT8, {len(excluded)} layers stay in float32",
+        f"{len(write.written)} products compute in INT8, {len(excluded)} layers stay in float32",
         job.calibration.sentence(),
     ]
     table = Table(
@@ -73,7 +73,12 @@ def quantize(job: Job[Any], model: ir.Model) -> tuple[list[str], dict[str, Any],
 
 
 def integer_products(path: Path, *, weight_bytes: int) -> int | None:
-    """How many products of a file ONNX Runtime computes in integers on this machine; None where that cannot be told.
+    """How many products of a file ONNX Runtime computes in integers on this machine; see `count_made`."""
+    return count_made(path, INTEGER_PRODUCTS, weight_bytes=weight_bytes)
+
+
+def count_made(path: Path, operators: Sequence[str], *, weight_bytes: int) -> int | None:
+    """How many nodes of some operators ONNX Runtime makes of a file on this machine; None where that cannot be told.
 
     It is asked to write the graph that it made. Weights of more than 1 GiB are not written out for that.
 
@@ -97,4 +102,4 @@ def integer_products(path: Path, *, weight_bytes: int) -> int | None:
         except Exception as error:  # its exception classes live in a private module
             raise IsthmusError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {str(error).splitlines()[0]}") from error
         counts = collections.Counter(node.op_type for node in onnx.load(made).graph.node)
-    return sum(counts[operator] for operator in INTEGER_PRODUCTS)
+    return sum(counts[operator] for operator in operators)

@@ -14,6 +14,7 @@ from ...exporter.passes.half_precision import ToHalf, overflowing
 from ...exporter.passes.name_values import NameValues
 from ...exporter.sampling import write_sampler
 from ...exporter.target import Job, Lowered
+from . import narrow
 from .integers import integer_products, quantize
 from .ssm_op import write_ssm_op
 
@@ -38,6 +39,10 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
         found, facts, tables = quantize(job, model)
         notes += found
         details |= facts
+    if job.precision == "int4":
+        found, facts, tables = narrow.quantize(job, model)
+        notes += found
+        details |= facts
     notes += write_ssm_op(model, job.options.ssm_op)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     onnx_files.save(model, path, bytes_of_weights=sum(t.nbytes for t in weights))
@@ -47,6 +52,13 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
         details["integer_products"] = products
         if products is not None:
             notes.append(f"ONNX Runtime makes {products} integer products of them on this machine")
+    if job.precision == "int4":
+        products = narrow.narrow_products(path, weight_bytes=sum(t.nbytes for t in weights))
+        details["int4_products"] = products
+        full = sum(v.const_value.nbytes for v in job.onnx.graph.initializers.values() if v.const_value is not None)
+        notes.append(f"the weights take {sum(t.nbytes for t in weights) / 2**20:.2f} MiB, in float32 {full / 2**20:.2f} MiB")
+        if products is not None:
+            notes.append(f"ONNX Runtime reads {products} of them in 4 bits on this machine")
     if job.loop is not None:
         sampler = write_sampler(path, job.loop)
         notes.append(sampler.note)

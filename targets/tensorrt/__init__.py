@@ -12,7 +12,7 @@ from .options import DatacenterOptions
 from .recipe import Library
 
 
-@register_target("tensorrt", summary="TensorRT on H100: fp8, fp16 or bf16, built where the GPU is")
+@register_target("tensorrt", summary="TensorRT on H100: fp8, fp16, bf16 or int4 weights, built where the GPU is")
 class TensorRT(TensorRTTarget[DatacenterOptions]):
     """Builds on the H100, with the package `tensorrt`; lowers everywhere."""
 

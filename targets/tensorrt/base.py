@@ -35,8 +35,10 @@ class TensorRTTarget(Target[O]):
         needs_gpu: Whether it builds on the GPU that the engine is for only.
     """
 
-    precisions: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp8", "int4")
     calibrated: ClassVar[tuple[str, ...]] = ("fp8",)
+    rounded: ClassVar[tuple[str, ...]] = ("int4",)
+    computes: ClassVar[Mapping[str, str]] = {**Target.computes, "int4": "fp16"}
     samplers: ClassVar[tuple[str, ...]] = ("step", "loop")
     opsets: ClassVar[tuple[int, ...]] = OPSETS
     library: ClassVar[Library]
@@ -105,23 +107,25 @@ class TensorRTTarget(Target[O]):
         """Operators, types and sizes that TensorRT refuses; see `support`.
 
         Raises:
-            UsageError: Patterns of FP8 layers are given for another precision.
+            UsageError: Patterns of layers are given for another precision.
         """
         from .support import unsupported
 
-        if job.precision != "fp8" and (job.options.fp8_include or job.options.fp8_exclude):
-            raise UsageError(f"--fp8-include and --fp8-exclude are for --precision fp8, not {job.precision}")
+        for precision in ("fp8", "int4"):
+            patterns = (getattr(job.options, f"{precision}_include"), getattr(job.options, f"{precision}_exclude"))
+            if job.precision != precision and any(patterns):
+                raise UsageError(f"--{precision}-include and --{precision}-exclude are for --precision {precision}, not {job.precision}")
 
         return unsupported(cast("Job[TensorRTOptions]", job))
 
     def observed(self, job: Job[O]) -> tuple[str, ...]:
-        """The activations of the layers that compute in FP8; see `lower.selection`."""
+        """The activations of the layers that compute in FP8, or have INT4 weights; see `lower.selection`."""
         from .lower import selection
 
         return selection(job).observed()
 
     def quantised(self, job: Job[O]) -> tuple[Layer, ...]:
-        """The layers that compute in FP8; see `lower.selection`."""
+        """The layers that compute in FP8, or have INT4 weights; see `lower.selection`."""
         from .lower import selection
 
         return selection(job).layers
@@ -301,7 +305,7 @@ class TensorRTTarget(Target[O]):
         return (recipe.engine, *(plugin.path for plugin in recipe.plugins))
 
     def stages(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> list[Stage]:
-        """`onnx` (`quantized` in fp8): the file in ONNX Runtime on the CPU, whose Q/DQ is exact. `sampler`, with `--sampler loop`:
+        """`onnx` (`quantized` in fp8 and int4): the file in ONNX Runtime on the CPU, whose Q/DQ is exact. `sampler`, with `--sampler loop`:
         the sampling graph, as well. `device`: the engine on the GPU.
 
         Args:
@@ -309,7 +313,7 @@ class TensorRTTarget(Target[O]):
             manifest: Its manifest.
             trust: Execute an engine that isthmus did not build for this bundle. Never taken from the bundle itself.
         """
-        name = "quantized" if manifest.precision == "fp8" else "onnx"
+        name = "quantized" if manifest.precision in ("fp8", "int4") else "onnx"
         widened, sampling = manifest.precision == "bf16", "sampler" in manifest.details
         hosts = [Stage(name, _onnx_opener(folder / MODEL, widened=widened))]
         if sampling:

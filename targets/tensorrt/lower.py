@@ -23,11 +23,12 @@ from ...exporter.passes.name_values import NameValues
 from ...exporter.passes.quantize_fp8 import QuantizeFp8
 from ...exporter.passes.write_attention import WriteAttention
 from ...exporter.target import Job
+from ..onnxruntime import narrow
 from .coverage import coverage
 
 MODEL = "model.onnx"
 
-_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": ir.DataType.FLOAT16}
+_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": ir.DataType.FLOAT16, "int4": ir.DataType.FLOAT16}
 SMALLEST_HEAD = 16
 """Smallest head size that TensorRT's Attention takes."""
 
@@ -35,11 +36,13 @@ _LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.38953138925153
 
 
 def selection(job: Job[Any]) -> Selection:
-    """The layers of a job that compute in FP8.
+    """The layers of a job that compute in FP8; in int4 those whose weights are INT4.
 
     Raises:
-        UsageError: A pattern of `--fp8-include` or `--fp8-exclude` matches no module with a matrix product.
+        UsageError: A pattern of `--fp8-include` or `--fp8-exclude`, or of those of int4, matches no module with a matrix product.
     """
+    if job.precision == "int4":
+        return narrow.selection(job)
     found = select(job.onnx, include=job.options.fp8_include, exclude=job.options.fp8_exclude)
     if found.unmatched:
         modules = sorted({x.module for x in found.layers} | {x.module for x in found.excluded})
@@ -54,12 +57,12 @@ def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any],
     """Writes `model.onnx` and checks it.
 
     Args:
-        job: In `fp16`, `bf16` or `fp8`; FP8 needs its calibration.
+        job: In `fp16`, `bf16`, `fp8` or `int4`; FP8 needs its calibration.
         folder: The bundle's folder.
 
     Returns:
         Sentences for the report; figures for the manifest: `opset`, `nodes`, `operators`, `weight_bytes`, `file_bytes`; in fp8 also `fp8`
-        (`layers` and `excluded`, by node and module); and `coverage`. In fp8, tables for the report.
+        (`layers` and `excluded`, by node and module), in int4 the same as `int4`; and `coverage`. In fp8 and int4, tables for the report.
 
     Raises:
         IsthmusError: The written file is not valid ONNX, or the calibration is missing.
@@ -75,6 +78,12 @@ def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any],
     details: dict[str, Any] = {}
     if job.precision == "fp8":
         found, facts = _quantize(job, model)
+        notes += found
+        details |= facts
+    tables: list[Table] = []
+    if job.precision == "int4":
+        # TensorRT-RTX 1.7.1 keeps the weights in 4 bits in its plans for compute capability 8.0 and later, in blocks of 32, 64 and 128.
+        found, facts, tables = narrow.quantize(job, model, dtype=dtype, wide="half precision")
         notes += found
         details |= facts
     WriteAttention(_refused)(model)
@@ -105,7 +114,7 @@ def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any],
         **details,
         "coverage": table.value(),
     }
-    return notes, figures, [table.table(), _left(details["fp8"]["excluded"])] if job.precision == "fp8" else []
+    return notes, figures, [table.table(), _left(details["fp8"]["excluded"])] if job.precision == "fp8" else tables
 
 
 def _left(excluded: Sequence[Mapping[str, str]]) -> Table:

@@ -13,6 +13,10 @@ FP8_CAPABILITIES = ("8.9", "12.0", "12.1")
 """Those among them that compute in FP8 (TensorRT-RTX documentation, "Support Matrix")."""
 
 
+INT4_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""Those that read INT4 weights: TensorRT-RTX 1.7.1 refuses to build such a graph for 7.5."""
+
+
 class TensorRTOptions(BaseModel):
     """What both targets take."""
 
@@ -24,6 +28,15 @@ class TensorRTOptions(BaseModel):
     fp8_exclude: tuple[str, ...] = Field(
         (), description="With --precision fp8: patterns of PyTorch module paths that stay in half precision, for example 'blocks.0.*'."
     )
+    int4_block: Literal["32", "64", "128"] = Field(
+        "32", description="With --precision int4: neighbouring inputs of a weight that share a scale. Fewer are nearer, more are smaller."
+    )
+    int4_include: tuple[str, ...] = Field(
+        (), description="With --precision int4: patterns of PyTorch module paths whose weights are INT4 against the default."
+    )
+    int4_exclude: tuple[str, ...] = Field(
+        (), description="With --precision int4: patterns of PyTorch module paths whose weights stay in half precision."
+    )
     workspace: int = Field(0, ge=0, le=2**20, description="Memory that the builder's kernels may use beyond tensors, in MiB; 0: no limit.")
     ssm_op: Literal["plugin", "decomposed"] = Field(
         "plugin",
@@ -31,7 +44,12 @@ class TensorRTOptions(BaseModel):
     )
     build_timeout: int = Field(3600, ge=1, le=7 * 86_400, description="After how many seconds a build that does not end is ended.")
 
-    @field_validator("fp8_include", "fp8_exclude")
+    @field_validator("int4_block", mode="before")
+    @classmethod
+    def _text(cls, block: object) -> object:
+        return str(block) if isinstance(block, int) else block
+
+    @field_validator("fp8_include", "fp8_exclude", "int4_include", "int4_exclude")
     @classmethod
     def _not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         if not all(patterns):

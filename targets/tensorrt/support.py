@@ -11,7 +11,7 @@ from ...exporter.ops.onnx_forms import custom_nodes
 from ...exporter.passes import module_of
 from ...exporter.passes._rewrite import attribute_int, constant, dims, input_at, is_op
 from ...exporter.passes.write_attention import writable
-from .options import FP8_CAPABILITIES, RTXOptions, TensorRTOptions
+from .options import FP8_CAPABILITIES, INT4_CAPABILITIES, RTXOptions, TensorRTOptions
 from .recipe import profiles_of
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ def _capabilities(job: Job[TensorRTOptions]) -> Iterator[Reason]:
     chosen = job.options.compute_capability
     if job.precision == "fp8" and (without := [c for c in chosen if c not in FP8_CAPABILITIES]):
         what = f"GPUs of compute capability {', '.join(without)} have no FP8, expected some of {', '.join(FP8_CAPABILITIES)}"
+        yield Reason(what, fix="choose others with --compute-capability, or --precision fp16")
+    if job.precision == "int4" and (without := [c for c in chosen if c not in INT4_CAPABILITIES]):
+        what = f"GPUs of compute capability {', '.join(without)} read no INT4 weights, expected some of {', '.join(INT4_CAPABILITIES)}"
         yield Reason(what, fix="choose others with --compute-capability, or --precision fp16")
     nodes = custom_nodes(job.onnx) if job.options.ssm_op == "plugin" else []
     if nodes and (without := [c for c in chosen if c not in KERNELS]):

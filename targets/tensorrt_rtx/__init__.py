@@ -12,7 +12,7 @@ from ..tensorrt.options import RTXOptions
 from ..tensorrt.recipe import Library
 
 
-@register_target("tensorrt-rtx", summary="TensorRT-RTX on workstation GPUs: fp8, fp16 or bf16, built on any Linux machine")
+@register_target("tensorrt-rtx", summary="TensorRT-RTX on workstation GPUs: fp8, fp16, bf16 or int4 weights, built on any Linux machine")
 class TensorRTRTX(TensorRTTarget[RTXOptions]):
     """Builds anywhere, with the package `tensorrt-rtx`. Its plans are not for an H100, which this library does not know."""
 

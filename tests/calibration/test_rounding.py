@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from isthmus.calibration.data import CalibrationData
 from isthmus.calibration.observe import Observer
-from isthmus.calibration.rounding import bias_correction, gptq, output_error
-from isthmus.calibration.statistics import channels, grams
-from isthmus.calibration.weights import corrections, gptq_weights
+from isthmus.calibration.rounding import _Rounding, bias_correction, factorised, gptq, output_error
+from isthmus.calibration.statistics import PEAK_SETS, ROWS, Gathering, moments, peaks
+from isthmus.calibration.weights import gathering, gptq_weights
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.errors import IsthmusError
 from isthmus.exporter.grids import GRIDS, Parameters
@@ -94,6 +95,25 @@ def test_gptq_is_what_elimination_gives():
     np.testing.assert_array_equal(gptq(weight, moments * 3, scales, GRIDS["int4"]), gptq(weight, moments, scales, GRIDS["int4"]))
 
 
+@pytest.mark.parametrize("grid", ["e4m3", "int8", "int4"])
+def test_rounding_without_new_arrays_is_that_of_the_grid(grid):
+    values = np.concatenate([rng(20).standard_normal(2000) * size for size in (1e-4, 0.02, 1, 100, 600)]).astype(np.float32)
+    codes = GRIDS[grid].values()
+    values = np.concatenate([values, codes, (codes[1:] + codes[:-1]) / 2, [-0.0]]).astype(np.float32)
+    found = np.empty_like(values)
+    _Rounding(GRIDS[grid], values.size)(values, found)
+    np.testing.assert_array_equal(found, GRIDS[grid].codes(values, Parameters(1.0, 0.0)))
+
+
+def test_one_factor_serves_all_weights_of_an_activation():
+    inputs = correlated(300, 40, seed=21)
+    factor = factorised(inputs.T @ inputs)
+    for seed in (22, 23):
+        weight = rng(seed).standard_normal((7, 40))
+        scales = scales_of(weight, "int8", groups=5)
+        np.testing.assert_array_equal(gptq(weight, factor, scales, GRIDS["int8"]), gptq(weight, inputs.T @ inputs, scales, GRIDS["int8"]))
+
+
 def test_gptq_comes_near_the_best_rounding_there_is():
     """All roundings up and down of four weights, one after the other."""
     weight, inputs = rng(5).standard_normal((20, 4)), correlated(100, 4, seed=6, rank=2)
@@ -116,8 +136,8 @@ def test_gptq_of_inputs_that_do_not_vary_together_is_nearest():
     weight = rng(7).standard_normal((6, 40))
     scales = scales_of(weight, "int8")
     nearest = np.rint(weight / scales[:, None])
-    for moments in (np.eye(40), np.diag(np.arange(40.0)), np.zeros((40, 40))):
-        np.testing.assert_array_equal(gptq(weight, moments, scales, GRIDS["int8"]), nearest)
+    for gram in (np.eye(40), np.diag(np.arange(40.0)), np.zeros((40, 40))):
+        np.testing.assert_array_equal(gptq(weight, gram, scales, GRIDS["int8"]), nearest)
 
 
 def test_channels_that_are_always_zero_do_no_harm():
@@ -188,30 +208,69 @@ def observed():
     return Observer(graph, ["x", hidden]), sets, hidden, rows.astype(np.float64), net, graph
 
 
-def test_channels_are_those_of_pytorch(observed):
+def test_peaks_are_those_of_pytorch(observed):
     observer, sets, hidden, rows, *_ = observed
-    found = channels(observer, sets, [hidden, "x"])
-    assert found[hidden].rows == len(rows)
-    np.testing.assert_allclose(found[hidden].peaks, np.abs(rows).max(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(found[hidden].means, rows.mean(axis=0), rtol=1e-6)
-    assert found["x"].peaks.shape == (12,)
+    found = peaks(observer, sets, [hidden, "x"])
+    np.testing.assert_allclose(found[hidden], np.abs(rows).max(axis=0), rtol=1e-6)
+    assert found["x"].shape == (12,)
+
+
+def test_peaks_are_those_of_sets_that_are_evenly_spaced(observed):
+    observer, _, hidden, *_ = observed
+    sets = [{"x": np.full((4, 5, 12), i, np.float32)} for i in range(10)]
+    assert (peaks(observer, sets, ["x"])["x"] == 7).all()  # of 0, 2, 5 and 7
+    assert PEAK_SETS == 4
+    assert hidden in peaks(observer, sets[:1], [hidden])
 
 
 @pytest.mark.parametrize("limit", [1, 2**20])
 def test_moments_are_those_of_pytorch(observed, limit):
     observer, sets, hidden, rows, *_ = observed
-    found = {name: (gram, count) for name, gram, count in grams(observer, sets, {"x": 12, hidden: 20}, limit=limit)}
+    found = dict(moments(observer, sets, {"x": 12, hidden: 20}, limit=limit))
     assert list(found) == ["x", hidden]
-    gram, count = found[hidden]
-    assert count == len(rows)
-    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    assert found[hidden].rows == len(rows)
+    np.testing.assert_allclose(found[hidden].gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[hidden].means, rows.mean(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 2**20])
+def test_moments_that_are_gathered_on_the_way_are_those_of_a_pass_of_their_own(observed, limit):
+    observer, sets, hidden, *_ = observed
+    sizes = {"x": 12, hidden: 20}
+    gathered = Gathering(sizes, len(sets), limit=limit)
+    assert gathered.names == (["x"] if limit == 1 else ["x", hidden])
+    observer.observe(CalibrationData("here", sets), tell=gathered.see)
+    found = dict(moments(observer, sets, sizes, gathered=gathered, limit=limit))
+    for name, alone in moments(observer, sets, sizes, limit=limit):
+        assert found[name].rows == alone.rows
+        np.testing.assert_array_equal(found[name].gram, alone.gram)
+        np.testing.assert_array_equal(found[name].sums, alone.sums)
+
+
+def test_of_many_rows_some_are_drawn_from_every_call_and_always_the_same():
+    calls = [rng(i).standard_normal((ROWS, 8)).astype(np.float32) + i for i in range(4)]
+    found = []
+    for _ in range(2):
+        gathered = Gathering({"x": 8}, len(calls))
+        for call, rows in enumerate(calls):
+            gathered.see(call, "x", rows)
+        found.append(dict(gathered.found())["x"])
+    assert found[0].rows == ROWS
+    np.testing.assert_array_equal(found[0].gram, found[1].gram)
+    every = np.concatenate(calls).astype(np.float64)
+    np.testing.assert_allclose(found[0].means, every.mean(axis=0), atol=0.1)
+    np.testing.assert_allclose(found[0].gram / ROWS, every.T @ every / len(every), atol=0.3)
+    # never fewer than twice the channels, half of them in each of two calls
+    wide = Gathering({"x": 3000}, 2)
+    wide.see(0, "x", np.ones((3500, 3000), np.float32))
+    assert dict(wide.found())["x"].rows == 3000
 
 
 @pytest.mark.parametrize("grid", ["int8", "e4m3"])
 def test_the_weights_of_a_graph_are_rounded_on_the_inputs_that_they_meet(observed, grid):
     observer, sets, _, rows, net, graph = observed
     layers = [Layer(node.name, "", "weight", (node.inputs[0].name,), 1) for node in graph.graph if node.op_type == "MatMul"]
-    found = gptq_weights(graph, layers, observer, sets, grid)
+    found, added = gptq_weights(graph, layers, observer, sets, grid)
     assert [w.codes.shape for w in found.values()] == [(20, 12), (8, 20)]
     down = next(w for w in found.values() if w.codes.shape == (8, 20))
     weight = net.down.weight.numpy()
@@ -222,7 +281,10 @@ def test_the_weights_of_a_graph_are_rounded_on_the_inputs_that_they_meet(observe
     scale = down.scale.astype(np.float64)
     codes = gptq(weight, rows.T @ rows, scale, GRIDS[grid])
     assert np.mean(down.codes.astype(np.float64) != codes) < 0.02  # the graph's activations are rounded to float32
-    added = corrections(graph, layers, observer, sets, found)
     read = down.codes.astype(np.float64) * scale[:, None]
     np.testing.assert_allclose(added[layers[1].node], (weight - read) @ rows.mean(axis=0), atol=1e-6)
-    assert gptq_weights(graph, [dataclasses.replace(layers[0], kind="attention")], observer, sets, grid) == {}
+    assert gptq_weights(graph, [dataclasses.replace(layers[0], kind="attention")], observer, sets, grid) == ({}, {})
+    gathered = gathering(graph, layers, len(sets))
+    observer.observe(CalibrationData("here", sets), tell=gathered.see)
+    again, _ = gptq_weights(graph, layers, observer, sets, grid, gathered=gathered)
+    assert all(np.array_equal(again[name].codes, found[name].codes) for name in found)

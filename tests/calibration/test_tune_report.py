@@ -29,7 +29,8 @@ def found(**changes):
     made = samples.manifest()
     return {
         "schema": 1, "model": made.model, "weights": made.weights.sha256, "target": made.target, "precision": made.precision,
-        "budget": {"min_sqnr_db": 32.0, "min_psnr_db": None}, "chosen": {**points[1], "psnr_db": 41.0},
+        "budget": {"min_sqnr_db": 32.0, "min_psnr_db": None, "max_lpips_style": 0.1},
+        "chosen": {**points[1], "psnr_db": 41.0, "lpips_style": 0.0213},
         "uniform": {"calibration_method": "max", "weight_rounding": "nearest", "flop_share": 0.97, "sqnr_db": 26.5},
         "front": [points[i] for i in (0, 1, 3)], "points": points,
         "modules": [{"module": f"blocks.{i}", "flops": 1000 * i, "sqnr_db": 30.0 + i, "chosen": i > 1} for i in range(4)],
@@ -90,6 +91,7 @@ def test_the_plot_is_linear_in_both(tmp_path):
     assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(0.4 / 0.3)
     assert (y[1] - y[0]) / (y[2] - y[0]) == pytest.approx(6 / 10)
     assert y[0] < y[1] < y[2], "a higher SQNR lies higher"
+    assert marks["chosen"][0].tip.endswith("pictures 41.0 dB, LPIPS-style 0.0213")
     assert [mark.x for mark in marks["front of Pareto"]] == sorted(mark.x for mark in marks["front of Pareto"])
     assert next(line.y for line in chart.lines if line.kind == "bound") == pytest.approx((y[1] + y[2]) / 2)
 

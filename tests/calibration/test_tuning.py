@@ -30,13 +30,14 @@ from isthmus.calibration.sensitivity import Unit, all_flops, predicted, units_of
 from isthmus.calibration.switches import switched
 from isthmus.calibration.table import calibration_table
 from isthmus.calibration.trials import FACTS, MODEL, WORST, Trials, fingerprint, sqnr_db, write_facts
-from isthmus.calibration.tuning import Budget, Point, Trialing, dominates, front_of, search
+from isthmus.calibration.tuning import Budget, Point, Trialing, dominates, front_of, point_value, search
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.errors import IsthmusError, MachineError, UsageError
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.passes.fp8_layers import select
 from isthmus.exporter.passes.quantize_int8 import QuantizeInt8
 from isthmus.exporter.patterns import matches
+from isthmus.exporter.spec import Samples
 from isthmus.exporter.trace import trace
 
 
@@ -413,6 +414,61 @@ def test_pictures_are_drawn_for_what_keeps_the_other_bound_only():
     assert found.best.psnr_db == 40
     assert all(len(on) <= 6 for on in drawn)
     assert len(drawn) == len(set(drawn))
+
+
+def test_distances_are_measured_for_what_keeps_the_other_bounds_only():
+    units = [Unit(f"m{i}", (), 10) for i in range(8)]
+    asked = []
+
+    def lpips(on):
+        asked.append(on)
+        return 0.01 * len(on)
+
+    def measure(choices):
+        return [(1e-4 * max(len(on), 1),) for on in choices]
+
+    found = search(units, 80, Budget(max_lpips=0.04), noises=measure, psnr=lambda _on: 40.0, lpips=lpips)
+    assert (len(found.best.on), found.best.lpips_style, found.best.psnr_db) == (4, 0.04, None)
+    assert len(asked) == len(set(asked))
+    asked.clear()
+    both = Budget(min_psnr=40.0, max_lpips=0.04)
+    found = search(units, 80, both, noises=measure, psnr=lambda on: 46.0 - 2 * len(on), lpips=lpips)
+    assert (len(found.best.on), found.best.lpips_style, found.best.psnr_db) == (3, 0.03, 40.0)
+    assert all(len(on) <= 3 for on in asked)
+    assert point_value(found.best, units)["lpips_style"] == 0.03
+    with pytest.raises(IsthmusError, match="no module fits") as error:
+        search(units, 80, Budget(max_lpips=0.001), noises=measure, lpips=lpips)
+    assert "40.00 dB of SQNR and an LPIPS-style distance of 0.01" in str(error.value)
+    assert "a larger --max-lpips" in str(error.value)
+
+
+def test_two_measures_of_the_same_pictures_draw_once(tmp_path, monkeypatch):
+    from isthmus import tuning
+
+    drawn = []
+
+    class Graph:
+        def __init__(self, _folder):
+            pass
+
+        def run(self, inputs, on):
+            drawn.append(on)
+            return {"y": inputs["x"] + 0.1 * len(on)}
+
+    def sampler(step, rng):
+        return Samples(step({"x": rng.random((2, 8, 8)).astype(np.float32)})["y"], ("a", "b"))
+
+    monkeypatch.setattr(tuning, "Trials", Graph)
+    monkeypatch.setattr(tuning, "lpips_style", lambda x, y: list(np.abs(x - y).mean(axis=(1, 2))))
+    pictures = tuning._Pictures(sampler, tmp_path, 0)
+    one, two = frozenset([1]), frozenset([1, 2])
+    assert pictures.lpips(one) == pytest.approx(0.1, abs=1e-6)
+    assert pictures.psnr(one) == pytest.approx(20, abs=1)
+    assert drawn == [frozenset(), one]
+    assert pictures.lpips(two) == pytest.approx(0.2, abs=1e-6)
+    assert drawn == [frozenset(), one, two]
+    monkeypatch.setattr(tuning, "lpips_style", lambda _x, _y: [0.1, np.nan])
+    assert pictures.lpips(two) == tuning.LARGEST
 
 
 def test_no_module_fits():

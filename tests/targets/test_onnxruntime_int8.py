@@ -149,5 +149,42 @@ def test_patterns_that_match_nothing_are_told(model, data, tmp_path):
         isthmus.export(model, "onnxruntime", tmp_path / "b", precision="fp16", calibration_data=str(data))
 
 
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 32)
+        self.first = nn.Conv2d(32, 32, 3, padding=1)
+        self.second = nn.Conv2d(32, 32, 3, padding=1)
+        self.each = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.down = nn.Conv2d(32, 48, 1, stride=2, bias=False)
+        self.outside = nn.Conv2d(48, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inside(x)
+        x = x + self.second(torch.relu(self.first(nn.functional.silu(self.norm(x)))))
+        return self.outside(torch.sigmoid(self.down(self.each(x))))
+
+
+def test_convolutions_compute_in_integers(tmp_path):
+    torch.manual_seed(0)
+    rng = np.random.Generator(np.random.PCG64(1))
+    np.savez(tmp_path / "data.npz", **{f"{i}/x": rng.standard_normal((2, 3, 12, 12), dtype=np.float32) for i in range(8)})
+    result = isthmus.export(
+        (Convolutions().eval(), (torch.randn(2, 3, 12, 12),)), "onnxruntime", tmp_path / "b", precision="int8",
+        calibration_data=str(tmp_path / "data.npz"),
+    )  # fmt: skip
+    details = result.manifest.details
+    assert result.manifest.verdict == "verified"
+    assert [layer["module"] for layer in details["int8"]["layers"]] == ["first", "second", "down"]
+    assert details["integer_products"] == 3
+    assert {e["module"]: e["reason"] for e in details["int8"]["excluded"]} == {
+        "inside": "3 input channels, not a multiple of 16",
+        "each": "a convolution of 32 groups",
+        "outside": "3 output channels, not a multiple of 16",
+    }
+    assert sqnr(result.bundle) > 30
+
+
 def test_large_files_are_not_written_again_to_be_counted(bundle):
     assert integer_products(bundle / "model.onnx", weight_bytes=2**31) is None

@@ -15,9 +15,10 @@ from isthmus.exporter.trace import trace
 from isthmus.targets.coreml.activations import quantize
 from isthmus.targets.coreml.compression import DISTINCT, MINIMUM, SCHEMES, compress, unsupported
 from isthmus.targets.coreml.convert import convert
-from isthmus.targets.coreml.interpreter import Interpreter, load
+from isthmus.targets.coreml.interpreter import Interpreter, load, observe
 from isthmus.targets.coreml.interpreter.program import operations_in
 from isthmus.targets.coreml.palettes import palette
+from isthmus.targets.coreml.ranges import Calibration, Range
 
 with quiet("coremltools"):  # it reports on import that it was not tested with this torch, and that no Core ML is here
     import coremltools as ct
@@ -73,10 +74,20 @@ def layers(deployment_target=ct.target.iOS18):
         return model, dict(zip(names, (v.numpy() for v in given), strict=True)), module(*given).numpy()
 
 
+def seen(*samples):
+    """A calibration by the largest |value| of every value of a program, which stands for a table."""
+
+    def calibrate(program):
+        found = observe(program, samples).items()
+        return Calibration({name: Range(name, value.peak) for name, value in found})
+
+    return calibrate
+
+
 @functools.cache
 def compressed(how, **options):
     model, inputs, _ = layers()
-    return compress(model, how, [inputs] if how == "w8a8" else [], **options)
+    return compress(model, how, seen(inputs), **options)
 
 
 # What a scheme must reach on the layers above, in dB: 8 bits with the range of a channel of 576 normal variables (3 to 4 standard
@@ -187,21 +198,8 @@ def test_both_sides_of_a_layer_are_rounded():
     assert entries
     for entry in entries:
         low, high = entry["range"]
-        assert low < high
+        assert -high == low < high
     assert sum(op.op_type == "quantize" for op in operations) == len(entries)
-
-
-def test_ranges_are_those_of_all_samples():
-    """coremltools keeps those of the last sample."""
-    model, inputs, _ = layers()
-    (x, i), *_ = [list(inputs)]
-    samples = [{x: scale * inputs[x], i: inputs[i]} for scale in (1, 7, 2)]
-    together = {e["name"]: e["range"] for e in compress(model, "w8a8", samples)[1] if "range" in e}
-    largest = {e["name"]: e["range"] for e in compress(model, "w8a8", samples[1:2])[1] if "range" in e}
-    last = {e["name"]: e["range"] for e in compress(model, "w8a8", samples[2:])[1] if "range" in e}
-    assert together.keys() == largest.keys()
-    assert all(a[0] <= b[0] and b[1] <= a[1] for name, a in together.items() for b in (largest[name], last[name]))
-    assert any(together[name][1] > 2 * last[name][1] for name in together)
 
 
 def test_a_value_that_overflows_is_not_rounded(program):
@@ -211,8 +209,12 @@ def test_a_value_that_overflows_is_not_rounded(program):
     built, _ = program(lambda a: Builder.linear(x=Builder.exp(x=a), weight=weight), normal(2, 64))
     function = built.functions["main"]
     layer = next(op for op in function.operations if op.op_type == "linear")
-    (entry,) = quantize(built, [layer], [{"a": 1000 * np.abs(normal(2, 64))}])
-    assert entry["reason"] == "it is infinite, or no number, in the samples"
+    (entry,) = quantize(built, [layer], seen({"a": 1000 * np.abs(normal(2, 64))})(built))
+    assert entry["reason"] == "its range is infinite, or no number"
+    (entry,) = quantize(built, [layer], Calibration(reasons={layer.x.name: "nobody knows it"}))
+    assert entry["reason"] == "nobody knows it"
+    (entry,) = quantize(built, [layer], Calibration())
+    assert entry["reason"] == "the calibration has no such value"
     assert not any(op.op_type == "quantize" for op in function.operations)
 
 
@@ -231,7 +233,7 @@ def test_layers_inside_of_a_loop_are_rounded(program):
     built, inputs = program(function, x)
     exact = next(iter(Interpreter(built).run(inputs).values()))
     layer = next(op for op in operations_in(built.functions["main"]) if op.op_type == "linear")
-    done = quantize(built, [layer], [inputs])
+    done = quantize(built, [layer], seen(inputs)(built))
     assert len(done) == 2
     got = next(iter(Interpreter(built).run(inputs).values()))
     assert 30 < psnr(got, exact) < 70
@@ -281,7 +283,7 @@ def test_what_a_system_reads():
 def test_an_older_system(how):
     """It has operations of its own for compressed weights."""
     model, inputs, expected = layers(ct.target.iOS17)
-    small, done = compress(model, how, [inputs])
+    small, done = compress(model, how, seen(inputs))
     assert psnr(run(small, inputs), expected) >= LEAST[how] - 3
     with quiet("coremltools"):
         kinds = {op.op_type for op in operations_in(load(small).functions["main"])}
@@ -296,7 +298,7 @@ def test_refusals_come_together():
         ("", "int4 is read since iOS18, got iOS17"),
         ("nothing.*", "fits no weight of the package"),
     }
-    with pytest.raises(UsageError, match="calibration samples are missing"):
+    with pytest.raises(UsageError, match="a calibration is missing"):
         compress(layers()[0], "w8a8")
     with pytest.raises(UsageError, match="unknown compression 'int5'"):
         compress(layers()[0], "int5")

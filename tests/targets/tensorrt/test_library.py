@@ -124,6 +124,6 @@ class TestCapabilities:
         ):
             target = TARGETS[name]()
             assert target.device(target.Options()).startswith(device)
-            assert target.precisions == ("fp16", "bf16", "fp8")
+            assert target.precisions == ("fp16", "bf16", "fp8", "int4")
             assert target.opsets == (23, 24)
             target.check_machine(target.Options())
