@@ -12,9 +12,9 @@ Both sides get the same weights, the same sets of inputs in the same batches, on
 - modelopt quantises an ONNX file of isthmus in float32, opset 20, where attention is written out. It runs with both of its methods
   (`entropy`, its default, and `max`), each on the products that it chooses itself, and on those that isthmus quantises, in an environment
   of its own (`.venv-modelopt`, made here from modelopt/requirements.txt). Where it chooses itself it quantises residual additions too.
-- isthmus exports with every product included that the precision takes: fp8 for TensorRT, int8 for ONNX Runtime. `default` is as options
-  are when none is given (max, nearest); `readme` is as README.md says: `--weight-rounding gptq`; `all` adds `--smooth 0.5
-  --calibration-method mse`.
+- isthmus exports with every product included that the precision takes: fp8 for TensorRT, int8 for ONNX Runtime. `readme` is as README.md
+  says: `--weight-rounding gptq` in fp8, and no option in int8, where rounding gains nothing. `default` is no option in fp8, `gptq` is
+  `--weight-rounding gptq` in int8; `all` is `--weight-rounding gptq --smooth 0.5 --calibration-method mse`.
 
 What is not quantised is in float16 in fp8, and in float32 in int8, on both sides. All files run in isthmus's ONNX Runtime as they are
 written, without graph optimisations, so that each Q/DQ pair rounds as the file says. The SQNR is that over all elements of all held-out
@@ -73,7 +73,7 @@ HELD_OUT = {"dit-digits": 16, "dit-s-2 with outliers": 4}
 TARGETS = {"fp8": "tensorrt", "int8": "onnxruntime"}
 HIGH_PRECISION = {"fp8": "fp16", "int8": "fp32"}
 ALL: dict[str, Any] = {"calibration_method": "mse", "weight_rounding": "gptq", "smooth": 0.5}
-README: dict[str, dict[str, Any]] = {"fp8": {"weight_rounding": "gptq"}, "int8": {"weight_rounding": "gptq"}}
+README: dict[str, dict[str, Any]] = {"fp8": {"weight_rounding": "gptq"}, "int8": {}}
 
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -264,7 +264,8 @@ class Comparison:
     def compare(self, precision: str) -> list[dict[str, Any]]:
         """Adds the rows of one precision; returns its checks."""
         taken: list[str] = []
-        settings = {"default": {}, "readme": README[precision], **({"all": ALL} if README[precision] != ALL else {})}
+        other = {"default": {}} if README[precision] else {"gptq": {"weight_rounding": "gptq"}}
+        settings: dict[str, dict[str, Any]] = {**other, "readme": README[precision], "all": ALL}
         for setting, options in settings.items():
             path, figures = self._exported(
                 f"{precision}-{setting}",
