@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..exporter.spec import ModelSpec, SizeRange, StateDictLayout, register_model
 from .layers import timestep_embedding
+from .sdxl_unet import Embedding
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 
@@ -266,20 +267,6 @@ class UNet(nn.Module):
         for up in self.up_blocks:
             x = up(x, maps, c)
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return out
-
-
-class Embedding(nn.Module):
-    """Two linear layers with SiLU between them."""
-
-    def __init__(self, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels) to (B, dim)."""
-        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
         return out
 
 
