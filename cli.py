@@ -189,7 +189,7 @@ def _calibration_options(command: F) -> F:
     cls=Option,
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="A .safetensors file, or a folder in the diffusers layout.",
+    help="A .safetensors file, a folder in the diffusers layout, or, for a model that is published so, a .pth of tensors alone.",
 )
 @click.option("--inputs", cls=Option, metavar="MODULE:CALLABLE", help="Returns the example inputs of a module:callable MODEL.")
 @click.option("--dynamic", cls=Option, multiple=True, metavar="NAME:AXIS=MIN,OPT,MAX", help="Makes an input's axis dynamic; repeatable.")
@@ -253,7 +253,7 @@ def export(ctx: click.Context, /, style: str, **given: Any) -> int:
 @click.option("--opset", cls=Option, type=Number(int, 1, 1000), metavar="N", help="ONNX opset of the graph whose values are named.")
 @click.option("--batch-size", cls=Option, type=Number(int, 1, 2**20), metavar="N", help="Batch size of the example inputs.")
 @click.option("--set", "settings", cls=Option, multiple=True, metavar="KEY=VALUE", help="Changes a setting of the model; repeatable.")
-@click.option("--weights", cls=Option, metavar="PATH", type=click.Path(path_type=Path), help="A .safetensors file or a diffusers folder.")
+@click.option("--weights", cls=Option, metavar="PATH", type=click.Path(path_type=Path), help="See `isthmus export --help`.")
 @click.option("--inputs", cls=Option, metavar="MODULE:CALLABLE", help="Returns the example inputs of a module:callable MODEL.")
 @click.option("--dynamic", cls=Option, multiple=True, metavar="NAME:AXIS=MIN,OPT,MAX", help="Makes an input's axis dynamic; repeatable.")
 @_calibration_options
@@ -263,7 +263,7 @@ def export(ctx: click.Context, /, style: str, **given: Any) -> int:
 @common
 @click.pass_context
 def calibrate(ctx: click.Context, /, style: str, **given: Any) -> None:
-    """Observes what MODEL's matrix products read on calibration data, and writes the ranges as a table, for every precision."""
+    """Observes what MODEL's matrix products read and compute on calibration data, and writes the ranges as a table, for every precision."""
     from isthmus.exporter.call import checked_calibration
 
     arguments = checked_calibration(given, problems=ctx.meta.get(PROBLEMS, []))
@@ -295,7 +295,7 @@ def calibrate(ctx: click.Context, /, style: str, **given: Any) -> None:
 @click.option("--opset", cls=Option, type=Number(int, 1, 1000), metavar="N", help="ONNX opset of the graph. [default: the target's]")
 @click.option("--batch-size", cls=Option, type=Number(int, 1, 2**20), metavar="N", help="Batch size of the example inputs.")
 @click.option("--set", "settings", cls=Option, multiple=True, metavar="KEY=VALUE", help="Changes a setting of the model; repeatable.")
-@click.option("--weights", cls=Option, metavar="PATH", type=click.Path(path_type=Path), help="A .safetensors file or a diffusers folder.")
+@click.option("--weights", cls=Option, metavar="PATH", type=click.Path(path_type=Path), help="See `isthmus export --help`.")
 @click.option("--inputs", cls=Option, metavar="MODULE:CALLABLE", help="Returns the example inputs of a module:callable MODEL.")
 @click.option("--dynamic", cls=Option, multiple=True, metavar="NAME:AXIS=MIN,OPT,MAX", help="Makes an input's axis dynamic; repeatable.")
 @_calibration_options

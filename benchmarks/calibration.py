@@ -128,7 +128,7 @@ def export_job(job: Mapping[str, Any]) -> dict[str, Any]:
     if hasattr(os, "sched_setaffinity"):  # before anything makes a pool of threads: spinning would be counted as work
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     import onnx  # noqa: F401 - no import is counted, on neither side
-    import onnxruntime  # noqa: F401
+    import onnxruntime  # noqa: F401 - nor is this one
 
     import isthmus
     from isthmus.exporter.errors import AccuracyError
@@ -190,7 +190,7 @@ def drawn(model: str, weights: Path | None, *, seed: int, count: int) -> list[Ar
 def write_sets(path: Path, sets: Sequence[Arrays]) -> None:
     """The sets as `--calibration-data` and the worker read them."""
     arrays: Mapping[str, np.ndarray[Any, Any]] = {f"{i:03d}/{name}": array for i, one in enumerate(sets) for name, array in one.items()}
-    np.savez(path, allow_pickle=False, **arrays)
+    np.savez(path, **arrays)
 
 
 def quantised(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -113,8 +113,8 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """False when the artifact's figure is further from PyTorch's than it may be, or is not a number where PyTorch's is one."""
-        if math.isfinite(self.reference) != math.isfinite(self.artifact):
+        """False when the artifact's figure is further from PyTorch's than it may be, or is not a number."""
+        if math.isnan(self.artifact) or math.isfinite(self.reference) != math.isfinite(self.artifact):
             return False
         return self.allowance is None or self.reference == self.artifact or abs(self.artifact - self.reference) <= self.allowance
 
@@ -125,18 +125,34 @@ def findings(request: Analysis, reference: Seen, artifact: Seen) -> list[Finding
     Args:
         request: What to analyse.
         reference: PyTorch's calls.
-        artifact: The artifact's.
+        artifact: The artifact's. Where its outputs have no such figures, because they are not finite or codes that do not exist, each is
+            not a number, which never holds.
 
     Raises:
-        ValueError: The request names outputs, inputs or settings that do not fit the analysis.
+        ValueError: The request names outputs, inputs or settings that do not fit the analysis, or PyTorch's outputs have no such figures.
     """
     analyser = ANALYSES[request.name]()
-    ours, theirs = analyser.figures(request, reference), analyser.figures(request, artifact)
+    ours = analyser.figures(request, reference)
+    try:
+        # The libraries behind the analyses refuse such numbers, or warn of them, each in its own way.
+        theirs = dict(analyser.figures(request, artifact)) if _finite(request, artifact) else {}
+    except ValueError:  # the request is one that suits the model: PyTorch's side has just said so
+        theirs = {}
     of = ", ".join((*request.inputs, *request.outputs))
-    return [
-        Finding(request.name, of, name, figure.unit, figure.value, theirs[name].value, theirs[name].allowance)
-        for name, figure in ours.items()
-    ]
+    found = []
+    for name, figure in ours.items():
+        its = theirs.get(name, replace(figure, value=math.nan))
+        found.append(Finding(request.name, of, name, figure.unit, figure.value, its.value, its.allowance))
+    return found
+
+
+def _finite(request: Analysis, seen: Seen) -> bool:
+    return all(
+        np.isfinite(arrays[name]).all()
+        for arrays in seen.outputs
+        for name in (request.outputs or arrays)
+        if arrays[name].dtype.kind in "fc"
+    )
 
 
 ANALYSES: Registry[type[Analyser]] = Registry("analysis", "calibration/analyses", "register_analysis")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..exporter.bundle import Decibel
 from ..exporter.errors import IntegrityError
+from ..exporter.manifest import Decibel
 from .analysis import Finding
 
 FILE = "analyses.json"

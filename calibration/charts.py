@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..exporter.bundle import StageResult
+from ..exporter.manifest import StageResult
 from ..exporter.ranges import Bins, Bounds
 from .wording import decibel
 
@@ -132,12 +132,12 @@ def stage_chart(stages: Sequence[StageResult]) -> Chart | None:
 
 @dataclass(frozen=True)
 class Points:
-    """Errors to draw.
+    """Figures to draw.
 
     Attributes:
         name: What people read.
         kind: The class of the series.
-        values: Place across in any unit, relative error, and what it stands for.
+        values: Place across, figure, and what it stands for; the units are those of the chart.
         joined: Whether lines join them.
     """
 
@@ -154,7 +154,7 @@ def error_chart(
 
     Args:
         title: What it shows.
-        points: The series.
+        points: The series: relative errors, at places in any unit.
         bound: The error above which a module has gone wrong: a line of its own.
         across: How a place across is written; the first, the middle and the last then stand below the chart.
     """
@@ -178,40 +178,18 @@ def error_chart(
     lines = [Line(y_of(10.0**e), f"1e{e}" if e else "1") for e in range(low, high + 1, step)]
     if bound:
         lines.append(Line(y_of(bound), "", "bound"))
-    series = tuple(
-        Series(each.name, each.kind, tuple(Mark(x_of(x), y_of(y), "", 0, tip, each.kind) for x, y, tip in each.values), each.joined)
-        for each in points
-        if each.values
-    )
     labels: tuple[Mark, ...] = ()
     if across is not None:
         labels = tuple(Mark(x_of(x), BOTTOM, across(x)) for x in dict.fromkeys((first, (first + last) / 2, last)))
-    return Chart(title, series, tuple(lines), labels)
+    return Chart(title, _series(points, x_of, y_of), tuple(lines), labels)
 
 
-@dataclass(frozen=True)
-class Scatter:
-    """Choices to draw.
-
-    Attributes:
-        name: What people read.
-        kind: The class of the series.
-        values: A share from 0 to 1, a figure in dB, and what they stand for.
-        joined: Whether lines join them.
-    """
-
-    name: str
-    kind: str
-    values: Sequence[tuple[float, float, str]]
-    joined: bool = True
-
-
-def scatter_chart(title: str, points: Sequence[Scatter], *, bound: float | None = None) -> Chart:
+def scatter_chart(title: str, points: Sequence[Points], *, bound: float | None = None) -> Chart:
     """Decibels against a share, both on linear scales.
 
     Args:
         title: What it shows.
-        points: The series. A figure that is not finite lies on the uppermost line, or the lowest.
+        points: The series: dB, at shares from 0 to 1. A figure that is not finite lies on the uppermost line, or the lowest.
         bound: A figure that is asked for: a line of its own.
     """
     every = [y for each in points for _, y, _ in each.values if math.isfinite(y)] + ([bound] if bound is not None else [])
@@ -229,12 +207,17 @@ def scatter_chart(title: str, points: Sequence[Scatter], *, bound: float | None 
     lines = [Line(y_of(step * i), f"{step * i:.4g} dB") for i in range(low, high + 1)]
     if bound is not None:
         lines.append(Line(y_of(bound), "", "bound"))
-    series = tuple(
+    labels = tuple(Mark(x_of(x), BOTTOM, f"{100 * x:g} %") for x in (0.0, 0.25, 0.5, 0.75, 1.0))
+    return Chart(title, _series(points, x_of, y_of), tuple(lines), labels)
+
+
+def _series(points: Sequence[Points], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> tuple[Series, ...]:
+    """The series that have points, in their places."""
+    return tuple(
         Series(each.name, each.kind, tuple(Mark(x_of(x), y_of(y), "", 0, tip, each.kind) for x, y, tip in each.values), each.joined)
         for each in points
         if each.values
     )
-    return Chart(title, series, tuple(lines), tuple(Mark(x_of(x), BOTTOM, f"{100 * x:g} %") for x in (0.0, 0.25, 0.5, 0.75, 1.0)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..exporter.bundle import Manifest
+from ..exporter.manifest import Manifest
 from ..exporter.options import check_settings
 from ..exporter.spec import MODELS, ModelSpec, Tolerance
 from ..exporter.target import TARGETS
@@ -114,17 +114,18 @@ def _calibration(manifest: Manifest, missing: list[str]) -> Iterator[str]:
         yield from ("--calibration-table", str(table))
         missing.append(f"{table} is the file of that name in this bundle.")
         return
-    source, size = used.get("source", TRAJECTORIES), used.get("size")
+    source, drawn = used.get("source", TRAJECTORIES), used.get("size")
     if used.get("method", "max") != "max":
         yield from ("--calibration-method", str(used["method"]))
     if source != TRAJECTORIES:
         yield from ("--calibration-data", str(source))
     if source not in (TRAJECTORIES, RANDOM):
-        missing.append(
-            f"{source} is the calibration data whose inputs have the sha256 {used.get('sha256')}; pictures need their preprocessing."
-        )
-    if size is not None and size != DEFAULT_SIZE:
-        yield from ("--calibration-size", str(size))
+        missing.append(f"{source} is the calibration data whose inputs have the sha256 {used.get('sha256')}.")
+    # Of a file or folder all sets are used where no size was asked for, and what is drawn has one by default.
+    size = manifest.options.get("calibration_size", drawn if source in (TRAJECTORIES, RANDOM) and drawn != DEFAULT_SIZE else None)
+    for name, value in (("calibration_size", size), ("calibration_preprocess", manifest.options.get("calibration_preprocess"))):
+        if value is not None:
+            yield from (_flag(name), str(value))
 
 
 def _target(manifest: Manifest) -> Iterator[str]:

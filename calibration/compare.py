@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..exporter.bundle import INPUTS, OUTPUTS, Column, Manifest, OutputMetrics, StageResult, Table, Verdict, read_manifest
+from ..exporter.bundle import INPUTS, OUTPUTS, read_manifest
 from ..exporter.errors import Reason, UsageError
+from ..exporter.manifest import Column, Manifest, OutputMetrics, StageResult, Table, Verdict
 from .command import command_of
 from .page import data_uri, render_page
 from .report import Report, read_report

@@ -13,7 +13,7 @@ import numpy as np
 from ..exporter.errors import Reason, UsageError
 from ..exporter.preprocess import Preprocess
 from ..exporter.spec import Arrays, Sampler
-from .files import MAX_SETS, Expected, called_sets, is_callable_path, read_sets
+from .files import MAX_SETS, Expected, called_sets, is_callable_path, read_sets, tried
 
 RANDOM = "random"
 TRAJECTORIES = "trajectories"
@@ -70,6 +70,7 @@ def given_data(
     size: int | None = None,
     timestep: str = "",
     preprocess: Preprocess | None = None,
+    run: Callable[[Arrays], object] | None = None,
 ) -> CalibrationData | None:
     """The calibration inputs that a call names, read and checked; None for those that the model's own trajectories are to give.
 
@@ -84,9 +85,11 @@ def given_data(
         size: Number of sets; of a file's, the first so many.
         timestep: The name of the input that holds the timestep, where the model has one.
         preprocess: What becomes of pictures.
+        run: One call of the model, to see whether it takes what is given (see `files.tried`); None not to try.
 
     Raises:
-        UsageError: There is no data and nothing to take it from, or it does not fit the model; all faults are listed.
+        UsageError: There is no data and nothing to take it from, or it does not fit the model, or the model fails on it; see
+            `files.read_sets` and `files.tried` for what is listed.
         IntegrityError: A file is damaged.
         IsthmusError: The callable fails.
     """
@@ -94,10 +97,14 @@ def given_data(
         sets = [draw(np.random.Generator(np.random.PCG64([seed, i]))) for i in range(size or DEFAULT_SIZE)]
         return CalibrationData(RANDOM, sets, timestep)
     expected = Expected(example, {name: tuple(axes) for name, axes in dynamic.items()})
-    if text is not None and is_callable_path(text):
-        return CalibrationData(text, called_sets(text, expected, size or DEFAULT_SIZE), timestep)
     if text is not None:
-        return CalibrationData(Path(text).name, read_sets(Path(text), expected, size or MAX_SETS, preprocess), timestep)
+        if called := is_callable_path(text):
+            found = called_sets(text, expected, size or DEFAULT_SIZE)
+        else:
+            found = read_sets(Path(text), expected, size or MAX_SETS, preprocess)
+        if run is not None:
+            tried(found, example, run, text)
+        return CalibrationData(text if called else Path(text).name, [arrays for _, arrays in found], timestep)
     if sampler is None:
         raise UsageError(
             "this precision needs calibration data, and the model has no trained weights to draw it with",

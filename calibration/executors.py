@@ -176,11 +176,24 @@ class Ray:
                 try:
                     noise = self._ray.get(reference)
                 except Exception as error:  # a task's own exception, or Ray's
-                    raise IsthmusError(
-                        f"a trial failed on the Ray cluster: {str(error).splitlines()[0]}", hint="what was found so far is kept"
-                    ) from error
+                    hint = getattr(getattr(error, "cause", None), "hint", "") or _KEPT
+                    raise IsthmusError(f"a trial failed on the Ray cluster: {_cause(error)}", hint=hint) from error
                 yield pending.pop(reference), tuple(float(number) for number in noise)
 
+
+def _cause(error: Exception) -> str:
+    """What failed in a task. Ray's own text begins with the task's name and process; the last line of its traceback says it."""
+    cause = getattr(error, "cause", None)  # of ray.exceptions.RayTaskError: the exception that the task raised
+    if isinstance(cause, IsthmusError):
+        return cause.message
+    shown = cause if isinstance(cause, Exception) else error
+    lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
+    if shown is cause:
+        return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+    return lines[-1] if lines else type(error).__name__
+
+
+_KEPT = "what was found so far is kept, and the same call goes on with it"
 
 _opened: dict[str, Trials] = {}
 

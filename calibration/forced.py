@@ -71,7 +71,7 @@ class Forced(Visitor):
             if hidden is not None and not figures.relative_l2 <= self._threshold:
                 self._note(hidden, figures, f"output, as {key} reads it", (key, i))
             else:
-                self._note(call.parent, figures, f"input of {key}", (key, i))
+                self._note(self._maker(call, seen.fingerprint), figures, f"input of {key}", (key, i))
             replaced[i] = theirs
         return replaced
 
@@ -98,6 +98,13 @@ class Forced(Visitor):
                 replaced[j] = _like(array, tensor)
         del self._running[key]
         return replaced
+
+    def _maker(self, call: Call, fingerprint: str) -> str:
+        """The call whose code made an argument of a call inside it: not one that was given the tensor itself, and passes it on."""
+        found = self._calls[call.parent or ""]
+        while found.parent is not None and any(seen.fingerprint == fingerprint for seen in found.inputs):
+            found = self._calls[found.parent]
+        return found.key
 
     def _note(self, key: str, figures: Figures, at: str, where: Output) -> None:
         """Notes an error of a module's own code; the worst counts, and the first over the threshold says when.

@@ -1,7 +1,7 @@
 """How far an artifact's outputs are from PyTorch's, and whether that is near enough.
 
 `compare` measures one output, `check` holds the measurements against a `Tolerance`. The definitions are those of
-`exporter.bundle.OutputMetrics`. Where a formula divides by zero:
+`exporter.manifest.OutputMetrics`. Where a formula divides by zero:
 
 ==================================  =========================================================================================
 no error at all                     every error is 0, cosine 1, SQNR and PSNR inf, whatever the reference is (also when empty)
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ..exporter.bundle import HISTOGRAM_EDGES, OutputMetrics
 from ..exporter.errors import Reason
+from ..exporter.manifest import HISTOGRAM_EDGES, OutputMetrics
 from ..exporter.spec import Tolerance
 
 Array = np.ndarray[Any, Any]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..exporter.bundle import Decibel
 from ..exporter.errors import IntegrityError
+from ..exporter.manifest import Decibel
 from .charts import Chart, Points, error_chart
 from .wording import number
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..exporter.bundle import StageResult
 from ..exporter.errors import IsthmusError, Reason
+from ..exporter.manifest import StageResult
 from ..exporter.passes._rewrite import dims
 from ..exporter.spec import Arrays
 from ..exporter.subject import evaluate

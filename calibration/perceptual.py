@@ -30,6 +30,7 @@ import importlib.metadata
 import io
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,12 +196,32 @@ def network() -> Network:
     return Network(folded("_conv_stem", "_bn0", stride=2), tuple(blocks))
 
 
-def lpips_style(reference: Array, candidate: Array) -> list[float]:
+def normalised_features(images: Array) -> list[list[Tensor]]:
+    """What pictures are compared by: each layer's features with length 1 at every position, a list for every batch of pictures.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 3), float, black at 0 and white at 1.
+
+    Raises:
+        MachineError: See `read_weights`.
+    """
+    import torch
+
+    with torch.inference_mode():
+        return [_features(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
+
+
+def _features(images: Array) -> list[Tensor]:
+    return [_normalised(layer) for layer in network().features(_prepared(images))]
+
+
+def lpips_style(reference: Array, candidate: Array, *, features: Sequence[Sequence[Tensor]] | None = None) -> list[float]:
     """The distance of each picture to its counterpart: 0 for equal ones, at most `LARGEST`; NaN where a pixel is not finite.
 
     Args:
         reference: (N, H, W) or (N, H, W, 3), float, black at 0 and white at 1.
         candidate: The same shape.
+        features: The `normalised_features` of `reference`, where it is compared with several.
 
     Raises:
         ValueError: The shapes differ, or are none of these.
@@ -210,15 +231,15 @@ def lpips_style(reference: Array, candidate: Array) -> list[float]:
 
     if reference.shape != candidate.shape or reference.ndim not in (3, 4) or (reference.ndim == 4 and reference.shape[-1] != 3):
         raise ValueError(f"got {reference.shape} and {candidate.shape}, expected two equal shapes (N, H, W) or (N, H, W, 3)")
-    net = network()
     found: list[float] = []
     with torch.inference_mode():
-        for start in range(0, len(reference), _BATCH):
+        for i, start in enumerate(range(0, len(reference), _BATCH)):
             pair = [images[start : start + _BATCH] for images in (reference, candidate)]
             sound = [bool(np.isfinite(a).all() and np.isfinite(b).all()) for a, b in zip(*pair, strict=True)]
             # The same number of pictures on both sides: equal pictures have equal features, to the last bit.
-            x, y = (net.features(_prepared(images)) for images in pair)
-            total = sum((_normalised(a) - _normalised(b)).square().sum(1).mean((1, 2)).double() for a, b in zip(x, y, strict=True))
+            x = features[i] if features is not None else _features(pair[0])
+            y = _features(pair[1])
+            total = sum((a - b).square().sum(1).mean((1, 2)).double() for a, b in zip(x, y, strict=True))
             assert isinstance(total, torch.Tensor)
             found += [float(d) if ok else math.nan for d, ok in zip(total, sound, strict=True)]
     return found

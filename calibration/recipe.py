@@ -29,6 +29,7 @@ from ..exporter.errors import IsthmusError, Reason, UnknownNameError, UsageError
 from ..exporter.options import load_yaml
 from ..exporter.patterns import matches
 from ..exporter.target import TARGETS
+from .calibrator import CALIBRATORS
 
 SCHEMA = 1
 """Version of the layout."""
@@ -170,14 +171,18 @@ def _checked(value: Any) -> tuple[Recipe | None, list[Reason]]:
     precision = low[0] if low else next(iter(REST))
     for other in (name for name in REST.values() if name in value and name != REST[precision]):
         reasons.append(Reason(f"beside {precision}, modules compute in {REST[precision]}", where=other, fix=f"write {REST[precision]}"))
-    lists = {key: _patterns(key, value.get(key), reasons) for key in (precision, REST[precision])}
+    keys = (precision, REST[precision])
+    given = [key for key in (*REST, *REST.values()) if key in value]
+    lists = {key: _patterns(key, value.get(key), reasons) for key in dict.fromkeys((*keys, *given))}
     if precision in value and not lists[precision] and not reasons:
         reasons.append(Reason("got no pattern, expected at least one", where=precision))
     for pattern in sorted(set(lists[precision]) & set(lists[REST[precision]])):
         reasons.append(Reason(f"the pattern {pattern!r} is for {precision} and for {REST[precision]}", fix="name it once"))
     method, rounding, smooth = (value.get(name) for name in _OPTIONS)
-    if method is not None and not isinstance(method, str):
-        reasons.append(Reason(f"got {method!r}, expected a name of `isthmus list calibrators`", where="calibration_method"))
+    if method is not None and (not isinstance(method, str) or method not in CALIBRATORS):
+        unknown = UnknownNameError("method", str(method), sorted(CALIBRATORS))
+        what = f"got {method!r}, expected a name of `isthmus list calibrators`"
+        reasons.append(Reason(what, where="calibration_method", fix=unknown.hint))
     if rounding is not None and rounding not in _ROUNDINGS:
         reasons.append(Reason(f"got {rounding!r}, expected {' or '.join(_ROUNDINGS)}", where="weight_rounding"))
     number = isinstance(smooth, int | float) and not isinstance(smooth, bool) and math.isfinite(smooth)

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..exporter.bundle import HISTOGRAM_EDGES, MANIFEST, Decibel, Manifest, OutputMetrics, Table, Verdict, read_manifest, write_text
+from ..exporter.bundle import read_manifest, write_text
 from ..exporter.errors import IntegrityError, MachineError
+from ..exporter.manifest import HISTOGRAM_EDGES, MANIFEST, Decibel, Manifest, OutputMetrics, Table, Verdict
 from ..exporter.ranges import FILE as CALIBRATION
 from ..exporter.ranges import Bounds, Observed, read_table
 from ..exporter.spec import Samples, Tolerance

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ..exporter.errors import IsthmusError
 from ..exporter.grids import GRIDS, Parameters, RoundedWeight
 from ..exporter.passes import quantize_fp8, quantize_int8
-from ..exporter.passes._rewrite import is_op
+from ..exporter.passes._rewrite import constant_tensor, input_at, is_op
 from ..exporter.passes.expand_attention_mask import ExpandAttentionMask
 from ..exporter.passes.fp8_layers import Layer
 from ..exporter.passes.write_attention import write_attention
@@ -103,7 +103,7 @@ class _Writer:
         weight = node.inputs[1]
         assert weight is not None
         assert weight.const_value is not None
-        codes, scales = self._codes(weight.name or "", weight.const_value.numpy(), layer.axis)
+        codes, scales = self._codes(node, layer, weight.name or "", weight.const_value.numpy())
         stored, factors = self._constant(codes), self._constant(scales.astype(np.float32))
         self._behind(node, 1, index, lambda _: [ir.node("DequantizeLinear", [stored, factors], {"axis": layer.axis})])
         if self._precision == "int8" and (added := self._corrections.get(layer.node)) is not None:
@@ -151,12 +151,19 @@ class _Writer:
 
         self._behind(node, operand, index, quantised)
 
-    def _codes(self, name: str, weight: Array, axis: int) -> tuple[Array, Array]:
+    def _codes(self, node: ir.Node, layer: Layer, name: str, weight: Array) -> tuple[Array, Array]:
         """The codes of a weight in its own layout, and its scales (outputs,)."""
+        axis = layer.axis
         if self._precision == "fp8":
             scales, grid, dtype = quantize_fp8.weight_scales(weight, axis, _HALF), GRIDS["e4m3"], np.dtype(ml_dtypes.float8_e4m3fn)
         else:
-            scales, grid, dtype = quantize_int8.weight_scales(weight, axis), GRIDS[quantize_int8.WEIGHTS], np.dtype(np.int8)
+            grid, dtype = GRIDS[quantize_int8.WEIGHTS], np.dtype(np.int8)
+            if is_op(node, "Conv"):
+                scale, _ = quantize_int8.stored(self._table.interval(layer.observed[0], quantize_int8.ACTIVATIONS))
+                bias = constant_tensor(input_at(node, 2))
+                scales = quantize_int8.kernel_scales(weight, bias.numpy() if bias is not None else None, float(scale))
+            else:
+                scales = quantize_int8.weight_scales(weight, axis)
         rounded = self._weights.get(name)
         if rounded is not None:
             rounded.check(name, weight.shape[axis], weight.shape[1 - axis])

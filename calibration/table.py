@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..exporter.bundle import Column, Table
 from ..exporter.grids import GRIDS
+from ..exporter.manifest import Column, Table
 from ..exporter.ranges import Bins, Bounds, CalibrationTable, DataInfo, Observed, Period
 from .calibrator import CALIBRATORS, Calibrator
 from .data import CalibrationData

@@ -12,8 +12,8 @@ What counts as long is decided like this, and can be set:
   any scale and density distributes alike: Bobrowski and Skraba, "A universal null-distribution for topological data analysis", 2023), and
   lives for more than `separation` times the cloud's diameter.
 
-Up to dimension 3 the complex is the alpha complex, beyond that Vietoris-Rips on at most `landmarks` points, each the farthest from those
-before. Both are measured by the diameter of the balls, which are the lengths of a Rips complex's edges.
+For points of 2 and 3 numbers the complex is the alpha complex, for others Vietoris-Rips on at most `landmarks` points, each the farthest
+from those before. Both are measured by the diameter of the balls, which are the lengths of a Rips complex's edges.
 
 A point far from all others is a piece of its own: with latents that are normally distributed that happens by chance, in the reference and
 in the artifact alike.
@@ -84,10 +84,10 @@ def topology(
 
     Args:
         points: (N, d), finite floats, N at least 1; more axes after the first are flattened.
-        max_dimension: The highest dimension; at most d - 1 for d up to 3, where higher numbers are zero.
+        max_dimension: The highest dimension; Betti numbers from d on are zero.
         ratios: See the module's text.
         separation: See the module's text.
-        landmarks: See the module's text; without effect for d up to 3.
+        landmarks: See the module's text; without effect for d of 2 and 3.
 
     Raises:
         MachineError: gudhi is not installed.
@@ -101,7 +101,7 @@ def topology(
     if not np.isfinite(cloud).all():
         raise ValueError("got points that are not finite")
     diameter = float(np.ptp(cloud, axis=0).max())
-    flat = 2 <= cloud.shape[1] <= 3
+    flat = _is_flat(cloud)
     if flat:
         tree = gudhi.AlphaComplex(points=cloud).create_simplex_tree()
     else:
@@ -138,13 +138,19 @@ def compare_topology(reference: Array, artifact: Array, **settings: Any) -> Topo
         ValueError: See `topology`.
     """
     gudhi = _gudhi()
-    if len(reference) == len(artifact) and reference[:1].size > 3:  # the same landmarks, however near another choice is
-        chosen = _farthest(np.asarray(reference, np.float64).reshape(len(reference), -1), settings.get("landmarks", LANDMARKS))
+    cloud = np.asarray(reference, np.float64).reshape(len(reference), -1)
+    if len(reference) == len(artifact) and not _is_flat(cloud):  # the same landmarks, however near another choice is
+        chosen = _farthest(cloud, settings.get("landmarks", LANDMARKS))
         reference, artifact = reference[chosen], artifact[chosen]
     first, second = topology(reference, **settings), topology(artifact, **settings)
     distances = [float(gudhi.bottleneck_distance(a, b)) for a, b in zip(first.intervals, second.intervals, strict=True)]
     relative = [d / first.diameter if first.diameter else d for d in distances]
     return TopologyComparison(first, second, tuple(d if d > _NOTHING else 0.0 for d in relative))
+
+
+def _is_flat(cloud: Array) -> bool:
+    """Whether the alpha complex is taken: few simplices there, and gudhi has none for points of one number."""
+    return cloud.shape[1] in (2, 3)
 
 
 def _gudhi() -> Any:

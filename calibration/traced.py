@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..exporter.bundle import StageResult
 from ..exporter.errors import Reason, UnsupportedError
+from ..exporter.manifest import StageResult
 from ..exporter.passes.half_precision import overflowing
 from ..exporter.spec import Arrays, Tolerance
 from .half import module_peaks, run_rounded

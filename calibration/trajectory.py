@@ -15,21 +15,49 @@ from .diff import MEMORY, Reference, diff
 def sampled_calls(sampler: Sampler, run: Callable[[Arrays], Arrays], *, seed: int, count: int) -> list[dict[str, np.ndarray[Any, Any]]]:
     """The inputs of some of the calls that a sampler makes with the reference, evenly spaced from the first to the last.
 
+    Only these are held: which they are is known beforehand, because the calls are counted first, on a model that computes zeros.
+
     Args:
         sampler: How pictures are drawn.
         run: One call of the PyTorch model.
         seed: The sampler's seed.
         count: How many calls; all of them when there are no more.
     """
-    seen: list[dict[str, np.ndarray[Any, Any]]] = []
+    calls = _number(sampler, run, seed)
+    while True:
+        chosen = set(np.linspace(0, calls - 1, min(count, calls)).round().astype(int).tolist())
+        kept: list[dict[str, np.ndarray[Any, Any]]] = []
+        made = 0
 
-    def recording(inputs: Arrays) -> Arrays:
-        seen.append({name: np.array(array, copy=True) for name, array in inputs.items()})
-        return run(inputs)
+        def recording(inputs: Arrays, chosen: set[int] = chosen, kept: list[dict[str, np.ndarray[Any, Any]]] = kept) -> Arrays:
+            nonlocal made
+            if made in chosen:
+                kept.append({name: np.array(array, copy=True) for name, array in inputs.items()})
+            made += 1
+            return run(inputs)
 
-    sampler(recording, np.random.Generator(np.random.PCG64(seed)))
-    chosen = np.unique(np.linspace(0, len(seen) - 1, min(count, len(seen))).round().astype(int))
-    return [seen[i] for i in chosen]
+        sampler(recording, np.random.Generator(np.random.PCG64(seed)))
+        if made == calls:
+            return kept
+        calls = made  # of a sampler whose number of calls depends on what the model computes; it makes as many from the same seed again
+
+
+def _number(sampler: Sampler, run: Callable[[Arrays], Arrays], seed: int) -> int:
+    """How many calls a sampler makes of a model that computes zeros. The model runs once for inputs of each shape, for its outputs'."""
+    made = 0
+    zeros: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, np.ndarray[Any, Any]]] = {}
+
+    def counting(inputs: Arrays) -> Arrays:
+        nonlocal made
+        made += 1
+        key = tuple((name, array.shape) for name, array in inputs.items())
+        if key not in zeros:
+            zeros[key] = {name: np.zeros_like(array) for name, array in run(inputs).items()}
+        return {name: array.copy() for name, array in zeros[key].items()}
+
+    with np.errstate(all="ignore"):
+        sampler(counting, np.random.Generator(np.random.PCG64(seed)))
+    return made
 
 
 def against_timestep(

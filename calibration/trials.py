@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..exporter.arrays import save_arrays
 from ..exporter.errors import IsthmusError, MachineError
 from ..exporter.spec import Arrays
 
@@ -111,7 +112,7 @@ def sqnr_db(noise: Sequence[float]) -> float:
 def write_facts(folder: Path, *, switches: int, outputs: Sequence[str], sets: Sequence[Arrays]) -> None:
     """Writes what a folder of trials holds beside the graph."""
     arrays: Mapping[str, np.ndarray[Any, Any]] = {f"{i}/{name}": array for i, inputs in enumerate(sets) for name, array in inputs.items()}
-    np.savez(folder / HELD_OUT, allow_pickle=False, **arrays)
+    save_arrays(folder / HELD_OUT, arrays)
     (folder / FACTS).write_text(json.dumps({"switches": switches, "outputs": list(outputs)}), "utf-8")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..exporter.bundle import Column, Decibel, Manifest, Table
 from ..exporter.errors import IntegrityError, Reason
-from .charts import Chart, Scatter, scatter_chart
+from ..exporter.manifest import Column, Decibel, Manifest, Table
+from .charts import Chart, Points, scatter_chart
 from .wording import cell, decibel, number
 
 FILE = "tune.json"
@@ -39,21 +41,24 @@ class TuneBudget(_Read):
 
 
 class TuneModule(_Read):
-    """A module: its operations, what quantising it alone leaves, and whether it was chosen."""
+    """A module: its operations, what quantising it alone leaves of the output and of the pictures, and whether it was chosen."""
 
     module: str
     flops: int
     sqnr_db: Decibel
+    psnr_db: Decibel | None = None
+    lpips_style: float | None = None
     chosen: bool
 
 
 class TuneReport(_Read):
-    """What `isthmus tune` writes beside a recipe, in `NAME.pareto.json`."""
+    """What `isthmus tune` writes beside a recipe, in `NAME.pareto.json`; `recipe` is the recipe's sha256, empty in files that have none."""
 
     model: str
     weights: str
     target: str
     precision: str
+    recipe: str = ""
     budget: TuneBudget
     chosen: TunePoint
     uniform: TunePoint
@@ -75,28 +80,52 @@ class TuneReport(_Read):
             )
 
         points = [
-            Scatter("measured", "inherited", [place(p, "measured") for p in self.points], joined=False),
-            Scatter("front of Pareto", "total", sorted(place(p, "front of Pareto") for p in self.front)),
-            Scatter("every module, by the largest value", "injected", [place(self.uniform, "every module, by the largest value")]),
-            Scatter("chosen", "verified", [place(self.chosen, "chosen")]),
+            Points("measured", "inherited", [place(p, "measured") for p in self.points], joined=False),
+            Points("front of Pareto", "total", sorted(place(p, "front of Pareto") for p in self.front)),
+            Points("every module, by the largest value", "injected", [place(self.uniform, "every module, by the largest value")]),
+            Points("chosen", "verified", [place(self.chosen, "chosen")]),
         ]
         title = f"SQNR against the share of operations in {self.precision}, of {len(self.points)} choices of modules"
         return scatter_chart(title, points, bound=self.budget.min_sqnr_db)
 
     @property
     def table(self) -> Table:
-        """The modules."""
+        """The modules, each with what is left when it alone is quantised. Figures of pictures are there where some were measured."""
+        figures = [Column(name="SQNR alone, dB", kind="decibel")]
+        names = ["sqnr_db"]
+        if any(m.psnr_db is not None for m in self.modules):
+            figures, names = [*figures, Column(name="PSNR of pictures alone, dB", kind="decibel")], [*names, "psnr_db"]
+        if any(m.lpips_style is not None for m in self.modules):
+            figures, names = [*figures, Column(name="LPIPS-style alone", kind="number")], [*names, "lpips_style"]
         return Table(
             name="tune",
             title="Modules that were tried",
             columns=(
                 Column(name="PyTorch module", kind="code"),
                 Column(name="FLOPs", kind="count"),
-                Column(name="SQNR when it alone is quantised, dB", kind="decibel"),
+                *figures,
                 Column(name=f"In {self.precision}"),
             ),
-            rows=tuple((m.module, m.flops, m.sqnr_db, "yes" if m.chosen else "no") for m in self.modules),
+            rows=tuple((m.module, m.flops, *(getattr(m, name) for name in names), "yes" if m.chosen else "no") for m in self.modules),
         )
+
+    def recipe_note(self, options: Mapping[str, Any]) -> str:
+        """What people have to know of the recipe of a bundle that shows this search; empty where it is the one that was found.
+
+        Args:
+            options: Those of the bundle's export, with the recipe's sha256 as `recipe` where there was one.
+        """
+        used = options.get("recipe")
+        if used is None:
+            return "This bundle was exported without the recipe of this search: what was chosen here says nothing of its modules."
+        if not self.recipe:
+            return "This search does not say which recipe it wrote, so that it is not known whether the bundle was exported with it."
+        if used != self.recipe:
+            return (
+                "This bundle was not exported with the recipe of this search, but with another one "
+                f"(sha256 {str(used)[:12]}…, the search wrote {self.recipe[:12]}…): what was chosen here says nothing of its modules."
+            )
+        return ""
 
     def misfits(self, manifest: Manifest) -> list[Reason]:
         """Why this is no search for a bundle's model; empty when it is."""

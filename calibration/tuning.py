@@ -22,6 +22,9 @@ On = frozenset[int]
 STEPS = 8
 """Of the front of Pareto: choices are measured at every eighth of the operations."""
 
+_NO_DISTANCE = 1e-30
+"""In place of a bound of 0, of which any distance spends very much."""
+
 REPAIRS = 16
 """Trials that try to add single modules to the best choice of the sorted list."""
 
@@ -149,14 +152,14 @@ class Found:
         best: The choice within the budget that has the most operations in the low precision.
         points: All that was measured, by share, each once.
         order: The modules, the cheapest first: see `sensitivity.by_price`.
-        noises: The noise of each module alone.
+        alone: Each module alone. Pictures are drawn with each where the budget is about pictures.
         predicted_sqnr_db: What the noises of single modules add up to for `best`.
     """
 
     best: Point
     points: tuple[Point, ...]
     order: tuple[int, ...]
-    noises: tuple[Noise, ...]
+    alone: tuple[Point, ...]
     predicted_sqnr_db: float
 
 
@@ -173,8 +176,9 @@ def search(
     """The modules that compute in the low precision.
 
     First every module alone. Were the errors of modules independent, their energies would add up, and the most operations within a budget
-    would be a knapsack: its relaxed solution takes modules by noise for an operation until the budget is spent. Real runs then bisect that
-    sorted list, because errors only nearly add up, and try to add modules behind it that may still fit. What is returned was measured
+    would be a knapsack: its relaxed solution takes modules by noise for an operation until the budget is spent. The noise is that of the
+    bound that the module spends the largest part of: of the outputs, or of the pictures at the end of the sampler. Real runs then bisect
+    that sorted list, because errors only nearly add up, and try to add modules behind it that may still fit. What is returned was measured
     itself.
 
     Args:
@@ -182,22 +186,33 @@ def search(
         total: The operations of all products.
         budget: The bounds.
         noises: Measures choices; called with many at a time.
-        psnr: Draws pictures with a choice, and measures them; needed for a budget of `min_psnr`, and called for what is within `min_sqnr`
-            only.
-        lpips: The same, for a budget of `max_lpips`; called for what is within the other bounds only.
+        psnr: Draws pictures with a choice, and measures them, dB; needed for a budget of `min_psnr`. Called for every module alone where
+            there is a budget of pictures, and for choices within `min_sqnr` only.
+        lpips: The same, for a budget of `max_lpips`; of choices it is called for those within the other bounds only.
         also: Choices that are measured too, for the points.
 
     Raises:
         IsthmusError: No choice is within the budget.
     """
+    alone = [frozenset([i]) for i in range(len(units))]
+    single = tuple(noises(alone))
+    known: dict[On, Noise] = dict(zip(alone, single, strict=True))
+    pictured = budget.min_psnr is not None or budget.max_lpips is not None
+    drawn = {  # of each module alone; a distance after the PSNR of the same pictures, which are then drawn once
+        on: (psnr(on) if pictured and psnr else None, lpips(on) if budget.max_lpips is not None and lpips else None) for on in alone
+    }
     measured: dict[On, Point] = {}
+
+    def pointed(on: On) -> Point:
+        share = sum(units[i].flops for i in on) / total if total else 0.0
+        return Point(on, share, sqnr_db(known[on]), *drawn.get(on, (None, None)))
 
     def measure(choices: Sequence[On]) -> list[Point]:
         new = [on for on in dict.fromkeys(choices) if on not in known]
         known.update(zip(new, noises(new) if new else [], strict=True))
         for on in choices:
-            share = sum(units[i].flops for i in on) / total if total else 0.0
-            measured.setdefault(on, Point(on, share, sqnr_db(known[on])))
+            if on not in measured:
+                measured[on] = pointed(on)
         return [measured[on] for on in choices]
 
     def fits(on: On) -> bool:
@@ -217,10 +232,10 @@ def search(
             return point.lpips_style <= budget.max_lpips
         return True
 
-    alone = [frozenset([i]) for i in range(len(units))]
-    single = tuple(noises(alone))
-    known: dict[On, Noise] = dict(zip(alone, single, strict=True))
-    order = by_price(units, single)
+    points_alone = tuple(map(pointed, alone))
+    # A bound on the outputs alone leaves the noises as they are, so that no two of them become equal by a division.
+    spent = [_spent(point, budget) for point in points_alone] if pictured else [max(noise, default=0.0) for noise in single]
+    order = by_price(units, [(part,) for part in spent])
     first = [frozenset(order[: i + 1]) for i in range(len(order))]  # the beginnings of the sorted list
     shares = [sum(units[i].flops for i in on) for on in first]
     front = sorted({next(i for i, share in enumerate(shares) if share * STEPS >= step * shares[-1]) for step in range(1, STEPS + 1)})
@@ -237,13 +252,13 @@ def search(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(first[middle]) else (low, middle)
     best: On = first[low] if low >= 0 else frozenset()
-    left = [i for i in order if i not in best and _hopeful(single, {*best, i}, budget)]
+    left = [i for i in order if i not in best and _hopeful(points_alone, single, {*best, i}, budget)]
     for i in sorted(left[:REPAIRS], key=lambda i: (-units[i].flops, i)):
-        if _hopeful(single, {*best, i}, budget) and fits(best | {i}):
+        if _hopeful(points_alone, single, {*best, i}, budget) and fits(best | {i}):
             best = best | {i}
     if not best:
-        quietest = min(range(len(units)), key=lambda i: max(single[i], default=0.0))
-        (point,) = measure([alone[quietest]])
+        quietest = min(range(len(units)), key=lambda i: spent[i])
+        point = points_alone[quietest]
         figures = [f"{point.sqnr_db:.2f} dB of SQNR"]
         figures += [f"{point.psnr_db:.2f} dB of PSNR"] if point.psnr_db is not None else []
         figures += [f"an LPIPS-style distance of {point.lpips_style:.3g}"] if point.lpips_style is not None else []
@@ -253,12 +268,35 @@ def search(
             hint="give a smaller --min-sqnr or --min-psnr, a larger --max-lpips, or another precision",
         )
     points = tuple(sorted(measured.values(), key=lambda p: (p.share, p.sqnr_db, sorted(p.on))))
-    return Found(measured[best], points, order, single, sqnr_db(predicted(single, best)))
+    return Found(measured[best], points, order, points_alone, sqnr_db(predicted(single, best)))
 
 
-def _hopeful(noises: Sequence[Noise], on: Collection[int], budget: Budget) -> bool:
-    """Whether a choice may fit: its predicted SQNR is at most 3 dB below the bound, by which errors that are not independent can differ."""
-    return budget.min_sqnr is None or sqnr_db(predicted(noises, on)) >= budget.min_sqnr - 3.0
+def _energy(decibel: float) -> float:
+    """The energy of an error over that of what it is held to, of a ratio in dB."""
+    return float(10 ** (-decibel / 10))
+
+
+def _spent(point: Point, budget: Budget) -> float:
+    """The part of the budget that a choice spends, of the bound that it spends the most of; 1 is all of it."""
+    parts = []
+    if budget.min_sqnr is not None:
+        parts.append(_energy(point.sqnr_db - budget.min_sqnr))
+    if budget.min_psnr is not None and point.psnr_db is not None:
+        parts.append(_energy(point.psnr_db - budget.min_psnr))
+    if budget.max_lpips is not None and point.lpips_style is not None:
+        parts.append(point.lpips_style / max(budget.max_lpips, _NO_DISTANCE))
+    return max(parts, default=0.0)
+
+
+def _hopeful(alone: Sequence[Point], noises: Sequence[Noise], on: Collection[int], budget: Budget) -> bool:
+    """Whether a choice may fit: what is predicted is at most 3 dB over each bound, by which errors that are not independent can differ."""
+    if budget.min_sqnr is not None and sqnr_db(predicted(noises, on)) < budget.min_sqnr - 3.0:
+        return False
+    psnrs = [alone[i].psnr_db for i in on]
+    if budget.min_psnr is not None and sum(_energy(p - budget.min_psnr) for p in psnrs if p is not None) > _energy(-3.0):
+        return False
+    distances = [alone[i].lpips_style for i in on]
+    return budget.max_lpips is None or sum(d for d in distances if d is not None) <= _energy(-3.0) * budget.max_lpips
 
 
 def front_of(points: Sequence[Point]) -> tuple[Point, ...]:

@@ -113,8 +113,3 @@ def dequantised(node: ir.Node) -> Array:
 
     result: Array = (numbers - spread(zeros)) * spread(scales)
     return result
-
-
-def is_quantised(model: ir.Model) -> bool:
-    """Whether the main graph dequantises anything."""
-    return any(node.op_type == "DequantizeLinear" and node.domain == "" for node in model.graph)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..exporter.bundle import OutputMetrics, StageResult
 from ..exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError
+from ..exporter.manifest import OutputMetrics, StageResult
 from ..exporter.quiet import quiet
 from ..exporter.runner import Runner
 from ..exporter.spec import Arrays, Sampler, Samples, Tolerance

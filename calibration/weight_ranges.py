@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..exporter.bundle import Column, Table
 from ..exporter.grids import GRIDS
+from ..exporter.manifest import Column, Table
 from ..exporter.passes import module_of
 
 Array = np.ndarray[Any, Any]

@@ -64,9 +64,10 @@ def gptq_weights(
     found = Rounded({}, {})
     for activation, moments_ in moments(observer, sets, _sizes(matrices), gathered=gathered, limit=limit):
         factor = factorised(moments_.gram)
-        for name, (read, nodes, stored, layer) in matrices.items():
+        for name, (read, nodes, tensor, layer) in matrices.items():
             if read != activation:
                 continue
+            stored = tensor.numpy()
             weight = stored.T if layer.axis == 1 else stored
             scale = _scales(stored, layer, grid)
             rounded = RoundedWeight(gptq(weight, factor, scale, GRIDS[grid]).astype(_CODES[grid]), scale)
@@ -88,22 +89,26 @@ def gathering(model: ir.Model, layers: Sequence[Layer], calls: int, *, limit: in
     return Gathering(_sizes(_matrices(model, layers)), calls, limit=limit)
 
 
-def _sizes(matrices: Mapping[str, tuple[str, list[str], Array, Layer]]) -> dict[str, int]:
+def _sizes(matrices: Mapping[str, tuple[str, list[str], ir.TensorProtocol, Layer]]) -> dict[str, int]:
     """The activations that matrices are multiplied by, with their numbers of channels."""
-    return {activation: int(weight.shape[1 - layer.axis]) for activation, _, weight, layer in matrices.values()}
+    return {activation: tensor.shape.numpy()[1 - layer.axis] for activation, _, tensor, layer in matrices.values()}
 
 
-def _matrices(model: ir.Model, layers: Sequence[Layer]) -> dict[str, tuple[str, list[str], Array, Layer]]:
-    """By the name of a matrix: the first activation that it multiplies, its layers' nodes, its numbers, and the last of its layers."""
+def _matrices(model: ir.Model, layers: Sequence[Layer]) -> dict[str, tuple[str, list[str], ir.TensorProtocol, Layer]]:
+    """By the name of a matrix: the first activation that it multiplies, its layers' nodes, its tensor, and the last of its layers.
+
+    Numbers are not read here: a tensor may be a transposed weight that is computed anew by every read, and all at once are a second copy of
+    the model.
+    """
     nodes = {node.name: node for node in model.graph}
-    found: dict[str, tuple[str, list[str], Array, Layer]] = {}
+    found: dict[str, tuple[str, list[str], ir.TensorProtocol, Layer]] = {}
     for layer in layers:
         value = nodes[layer.node].inputs[1] if layer.kind == "weight" else None
         if value is None or value.const_value is None or len(value.const_value.shape) != 2:
             continue
         known = found.get(value.name or "")
         names = [*known[1], layer.node] if known is not None else [layer.node]
-        found[value.name or ""] = (known[0] if known is not None else layer.observed[0], names, value.const_value.numpy(), layer)
+        found[value.name or ""] = (known[0] if known is not None else layer.observed[0], names, value.const_value, layer)
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
-from ..exporter.bundle import Manifest, OutputMetrics, StageResult
+from ..exporter.manifest import Manifest, OutputMetrics, StageResult
 from ..exporter.spec import Tolerance
 from .metrics import misses
 

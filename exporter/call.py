@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .bundle import check_destination
+from .destination import check_destination
 from .errors import IsthmusError, Reason, UnknownNameError, UsageError, WeightsError
 from .onnx import OPSETS
 from .options import check_settings

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .nodes import name_of
+
 DECISIONS = frozenset(
     """eq ne lt le gt ge floor ceil round trunc sign remainder fmod floor_divide argmax argmin topk sort bucketize searchsorted""".split()
 )
@@ -39,8 +41,8 @@ def exact_calls(graph: Graph) -> set[Node]:
             continue
         reached = _operands([node])
         exact |= reached
-        if _name(node) in PICKS:
-            products = [p for n in reached for p in n.all_input_nodes if _name(p) in _PRODUCTS and _has_float(p)]
+        if name_of(node) in PICKS:
+            products = [p for n in reached for p in n.all_input_nodes if name_of(p) in _PRODUCTS and _has_float(p)]
             exact |= _operands(products)
     of_integers: set[Node] = set()
     for node in graph.nodes:  # operands come before what reads them
@@ -55,7 +57,7 @@ def _operands(start: Iterable[Node]) -> set[Node]:
     seen = set(waiting)
     while waiting:
         for node in waiting.pop().all_input_nodes:
-            if node.op == "call_function" and node not in seen and _name(node) in _THROUGH and _has_float(node):
+            if node.op == "call_function" and node not in seen and name_of(node) in _THROUGH and _has_float(node):
                 seen.add(node)
                 waiting.append(node)
     return seen
@@ -64,17 +66,17 @@ def _operands(start: Iterable[Node]) -> set[Node]:
 def _decides(node: Node) -> bool:
     if node.op != "call_function" or not any(_has_float(a) for a in node.all_input_nodes):
         return False
-    if _name(node) in ("_to_copy", "to"):
+    if name_of(node) in ("_to_copy", "to"):
         return not _has_float(node)
-    return _name(node) in DECISIONS
+    return name_of(node) in DECISIONS
 
 
 def _is_of_integers(node: Node, known: set[Node]) -> bool:
     floats = [a for a in node.all_input_nodes if _has_float(a)]
-    if _name(node) in ("_to_copy", "to"):
+    if name_of(node) in ("_to_copy", "to"):
         return not floats or all(a in known for a in floats)
     calls = [a for a in floats if a.op == "call_function"]
-    return _name(node) in _OF_INTEGERS and bool(calls) and all(a in known for a in calls) and not _reads_an_input(node)
+    return name_of(node) in _OF_INTEGERS and bool(calls) and all(a in known for a in calls) and not _reads_an_input(node)
 
 
 def _reads_an_input(node: Node) -> bool:
@@ -86,7 +88,3 @@ def _has_float(node: Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else (value,)
     return any(isinstance(v, Tensor) and v.dtype.is_floating_point and v.dtype != torch.float64 for v in values)
-
-
-def _name(node: Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]

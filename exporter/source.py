@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .bundle import WeightsInfo
 from .errors import IsthmusError, Reason, UnsupportedError, UsageError
+from .manifest import WeightsInfo
 from .spec import MODELS, Dynamic, ModelSpec, SizeRange
 from .weights import describe, load_weights, random_weights
 

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import onnx
 import onnx_ir as ir
 
-from .bundle import INPUTS, MANIFEST, Manifest, inside, read_cases, read_manifest
+from .bundle import INPUTS, inside, read_cases, read_manifest
 from .errors import IntegrityError, IsthmusError, Reason, UsageError
+from .manifest import MANIFEST, Manifest
 from .passes._rewrite import Scope, dims, is_op, scopes
 from .passes.infer_shapes import InferShapes
 

@@ -10,24 +10,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from .bundle import Table
-from .errors import Reason
+from .errors import Reason, UsageError
 from .grids import Array, RoundedWeight
+from .manifest import Table
 from .ranges import CalibrationTable
 from .registry import Registry
 from .runner import Runner
 from .sampling import LoopSampler
-from .spec import SizeRange, Tolerance
+from .spec import Arrays, SizeRange, Tolerance
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from .bundle import Manifest, StageResult
+    from .manifest import Manifest, StageResult
     from .passes.fp8_layers import Layer
 
 O = TypeVar("O", bound=BaseModel)  # noqa: E741 - the options of a target
@@ -102,6 +102,21 @@ class Lowered:
     """
 
     device: str
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, object] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a lowered artifact says itself, beside what `Lowered` says.
+
+    Attributes:
+        notes: Facts for the report, in sentences.
+        details: Figures for the manifest, JSON values only.
+        tables: Figures for the report that are tables.
+    """
+
     notes: tuple[str, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
     tables: tuple[Table, ...] = ()
@@ -231,6 +246,21 @@ class Target(ABC, Generic[O]):
         """
         return ()
 
+    def examine(self, folder: Path, manifest: Manifest, example: Arrays) -> Examined:  # noqa: ARG002 - for those that have to read it back
+        """What the files of a lowered artifact say themselves: for what has to be read back from them.
+
+        It is called when the module is gone, so that what is read does not come on top of the model's own weights.
+
+        Args:
+            folder: Where `lower` wrote them.
+            manifest: With the details that `lower` gave.
+            example: The model's example inputs.
+
+        Raises:
+            IsthmusError: The files cannot be read.
+        """
+        return Examined()
+
     def build(self, folder: Path, manifest: Manifest, *, required: bool, trust: bool = False) -> Built | None:  # noqa: ARG002 - for others
         """Compiles the lowered artifact in `folder` for its device, and writes the engine beside it; None where there is nothing to build.
 
@@ -279,6 +309,22 @@ class Target(ABC, Generic[O]):
 TARGETS: Registry[type[Target[BaseModel]]] = Registry("target", "targets", "register_target")
 
 C = TypeVar("C", bound=type[Target])  # type: ignore[type-arg]
+
+
+def target_options(target: Target[O], given: Mapping[str, object]) -> O:
+    """The options of a target, with its defaults for those that are not given.
+
+    Raises:
+        UsageError: Some are none of the target's, or have values that it does not take; all are listed.
+    """
+    try:
+        return cast("O", target.Options.model_validate(given))  # a class variable cannot be generic
+    except ValidationError as error:
+        reasons = [
+            Reason(f"got {detail['input']!r}: {detail['msg']}", where=".".join(map(str, detail["loc"])))
+            for detail in error.errors(include_url=False)
+        ]
+        raise UsageError(f"options of {target.name} cannot be used", reasons=reasons, hint="see `isthmus export --help`") from error
 
 
 def register_target(name: str, *, summary: str) -> Callable[[C], C]:

@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .bundle import WeightsInfo, sha256_of
+from .bundle import sha256_of
 from .errors import Reason, UsageError, WeightsError
+from .manifest import WeightsInfo
 from .pth import TYPES, read_pth
 from .spec import ModelSpec, StateDictLayout
 

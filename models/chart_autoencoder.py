@@ -12,10 +12,10 @@ Schonsheck, Chen and Lai, "Chart Auto-Encoders for Manifold Structured Data", ar
 A transition from chart a to chart b is phi_ab = E_b . E . D_a: the point is decoded by the one and encoded by the other. On the overlap of
 two charts of a trained model it is the identity of the manifold.
 
-A popular sketch gives every ordered pair of charts a network of its own for the transition, and encodes each point in its own chart only,
-by boolean masks, whose sizes depend on the data. In the paper transitions are compositions, without weights, and all charts encode every
-point; so they do here, as one batched product a layer, and the assigned chart is chosen afterwards. The sketch's overlap factor is no part
-of the network: how far charts overlap is learned.
+The survey's sketch gives every ordered pair of charts a network of its own for the transition, and encodes each point in its own chart
+only, by boolean masks, whose sizes depend on the data. In the paper transitions are compositions, without weights, and all charts encode
+every point; so they do here, as one batched product a layer, and the assigned chart is chosen afterwards. The sketch's overlap factor is no
+part of the network: how far charts overlap is learned.
 
 Inferred: the paper gives layers experiment by experiment; here all networks are of `depth` hidden layers of one width with ReLU, the
 initial encoder ending in `latent_size` channels.
@@ -50,8 +50,7 @@ class ChartAutoencoderConfig:
         hidden_size: Width of every hidden layer.
         depth: Hidden layers of the initial encoder and of every chart's decoder; chart encoders and the prediction have one.
         form: `reconstruct` (a point to all charts, their probabilities, the assigned chart and the reconstruction), `decode` (coordinates
-        and
-            chart to a point) or `transition` (coordinates in one chart to those in another).
+            and chart to a point) or `transition` (coordinates in one chart to those in another).
     """
 
     data_size: int = 3

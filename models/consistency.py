@@ -12,10 +12,12 @@ step is the paper's one-step generator. The survey's sketch gives the network t 
 
 Checked against diffusers' UNet2DModel and CMStochasticIterativeScheduler, in the configuration of the released models
 (openai/diffusers-cd_imagenet64_l2), whose parameter names are kept. The pipeline there clamps f to [-1, 1]; f itself is given here.
+Weights with the names of the authors' code (openai/consistency_models, cm/unet.py) are understood too.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,14 +118,16 @@ class ResnetBlock(nn.Module):
         out_channels: Channels that go out.
         config: The U-Net's settings.
         resample: 2.0 doubles height and width before the first convolution and beside it, 0.5 halves them.
+        further: True when there is a second condition, with a projection of its own.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, resample: float = 1.0) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, resample: float = 1.0, *, further: bool = False) -> None:
         super().__init__()
         self.resample = resample
         self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.widths[0], 2 * out_channels)
+        self.further_emb_proj = nn.Linear(4 * config.widths[0], 2 * out_channels) if further else None
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=1e-5)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -133,10 +137,13 @@ class ResnetBlock(nn.Module):
             return x
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample > 1 else F.avg_pool2d(x, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, in_channels, H, W) and the condition, after its SiLU, (B, 4 widths[0]), to (B, out_channels, r H, r W)."""
+    def forward(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
+        """(B, in_channels, H, W) and one or two conditions, after their SiLU, (B, 4 widths[0]), to (B, out_channels, r H, r W)."""
         h = self.conv1(self._resampled(F.silu(self.norm1(x))))
-        scale, shift = self.time_emb_proj(c)[:, :, None, None].chunk(2, dim=1)
+        projected = self.time_emb_proj(c[0])
+        if self.further_emb_proj is not None:
+            projected = projected + self.further_emb_proj(c[1])
+        scale, shift = projected[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         out: Tensor = self.conv_shortcut(self._resampled(x)) + h
         return out
@@ -166,12 +173,12 @@ class Attention(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution on one side."""
 
-    def __init__(self, inputs: Sequence[int], width: int, config: UNetConfig, *, attention: bool) -> None:
+    def __init__(self, inputs: Sequence[int], width: int, config: UNetConfig, *, attention: bool, further: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, width, config) for channels in inputs)
+        self.resnets = nn.ModuleList(ResnetBlock(channels, width, config, further=further) for channels in inputs)
         self.attentions = nn.ModuleList(Attention(width, config) for _ in inputs if attention)
 
-    def step(self, i: int, x: Tensor, c: Tensor) -> Tensor:
+    def step(self, i: int, x: Tensor, c: Sequence[Tensor]) -> Tensor:
         """The residual block `i`, and the attention behind it."""
         out: Tensor = self.resnets[i](x, c)
         return self.attentions[i](out) if i < len(self.attentions) else out
@@ -180,13 +187,14 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level on the way down."""
 
-    def __init__(self, index: int, config: UNetConfig) -> None:
+    def __init__(self, index: int, config: UNetConfig, *, further: bool) -> None:
         first, width = config.widths[max(index - 1, 0)], config.widths[index]
-        super().__init__([first, *[width] * (config.layers - 1)], width, config, attention=config.attention[index])
-        self.downsamplers = nn.ModuleList([ResnetBlock(width, width, config, 0.5)] if index + 1 < len(config.widths) else [])
+        super().__init__([first, *[width] * (config.layers - 1)], width, config, attention=config.attention[index], further=further)
+        last = index + 1 == len(config.widths)
+        self.downsamplers = nn.ModuleList([] if last else [ResnetBlock(width, width, config, 0.5, further=further)])
 
-    def forward(self, x: Tensor, c: Tensor) -> list[Tensor]:
-        """A map and the condition to the maps that the way up takes, the last of which goes on down."""
+    def forward(self, x: Tensor, c: Sequence[Tensor]) -> list[Tensor]:
+        """A map and the conditions to the maps that the way up takes, the last of which goes on down."""
         maps = []
         for i in range(len(self.resnets)):
             x = self.step(i, x, c)
@@ -197,12 +205,12 @@ class DownLevel(Level):
 class MidLevel(Level):
     """The middle: a residual block on either side of an attention."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, *, further: bool) -> None:
         width = config.widths[-1]
-        super().__init__([width, width], width, config, attention=False)
+        super().__init__([width, width], width, config, attention=False, further=further)
         self.attentions = nn.ModuleList([Attention(width, config)])
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
         """(B, C, H, W) to the same."""
         out: Tensor = self.resnets[1](self.step(0, x, c), c)
         return out
@@ -211,15 +219,15 @@ class MidLevel(Level):
 class UpLevel(Level):
     """A level on the way up: each residual block reads a map of the way down beside the one from before."""
 
-    def __init__(self, index: int, config: UNetConfig) -> None:
+    def __init__(self, index: int, config: UNetConfig, *, further: bool) -> None:
         widths, last = config.widths, len(config.widths) - 1
         below, width, skip = widths[min(index + 1, last)], widths[index], widths[max(index - 1, 0)]
         # The maps of the way down: one for each residual block, and what this level was given there.
         inputs = [(below if i == 0 else width) + (skip if i == config.layers else width) for i in range(config.layers + 1)]
-        super().__init__(inputs, width, config, attention=config.attention[index])
-        self.upsamplers = nn.ModuleList([ResnetBlock(width, width, config, 2.0)] if index else [])
+        super().__init__(inputs, width, config, attention=config.attention[index], further=further)
+        self.upsamplers = nn.ModuleList([ResnetBlock(width, width, config, 2.0, further=further)] if index else [])
 
-    def forward(self, x: Tensor, maps: list[Tensor], c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, maps: list[Tensor], c: Sequence[Tensor]) -> Tensor:
         """A map and those of the way down, the last of which are taken off the list."""
         for i in range(len(self.resnets)):
             x = self.step(i, torch.cat([x, maps.pop()], dim=1), c)
@@ -229,7 +237,11 @@ class UpLevel(Level):
 
 
 class UNet(nn.Module):
-    """ADM's U-Net. `further` adds the embedding of a second time, under `further_embedding`."""
+    """ADM's U-Net.
+
+    `further` adds a second time: its embedding `further_embedding`, and a projection of that, `further_emb_proj`, in each residual block,
+    which is added to the projection of time and class.
+    """
 
     def __init__(self, config: UNetConfig, *, further: bool = False) -> None:
         super().__init__()
@@ -240,9 +252,9 @@ class UNet(nn.Module):
         if further:
             self.further_embedding = Embedding(widths[0], dim)
         self.class_embedding = nn.Embedding(config.num_classes, dim)
-        self.down_blocks = nn.ModuleList(DownLevel(i, config) for i in levels)
-        self.mid_block = MidLevel(config)
-        self.up_blocks = nn.ModuleList(UpLevel(i, config) for i in reversed(levels))
+        self.down_blocks = nn.ModuleList(DownLevel(i, config, further=further) for i in levels)
+        self.mid_block = MidLevel(config, further=further)
+        self.up_blocks = nn.ModuleList(UpLevel(i, config, further=further) for i in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
@@ -253,12 +265,11 @@ class UNet(nn.Module):
             x: Scaled noisy pictures.
             t: What the sinusoids are of (B,), float32.
             y: Classes (B,), int64.
-            further: A second time (B,).
+            further: A second time (B,), float32, of a network that was built for one.
         """
-        c = self.time_embedding(timestep_embedding(t, self.frequencies)) + self.class_embedding(y)
+        c = [F.silu(self.time_embedding(timestep_embedding(t, self.frequencies)) + self.class_embedding(y))]
         if further is not None:
-            c = c + self.further_embedding(timestep_embedding(further, self.frequencies))
-        c = F.silu(c)
+            c.append(F.silu(self.further_embedding(timestep_embedding(further, self.frequencies))))
         x = self.conv_in(x)
         maps = [x]
         for down in self.down_blocks:
@@ -348,6 +359,70 @@ def diffusers_layout(config: UNetConfig) -> StateDictLayout:
     )
 
 
+_AUTHORS_NAMES = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "time_embed_s.0": "further_embedding.linear_1",
+    "time_embed_s.2": "further_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_AUTHORS_PARTS = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "emb_layers_s.1": "further_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+    "norm": "group_norm",
+    "proj_out": "to_out.0",
+}
+
+
+def authors_layout(config: UNetConfig, name: str) -> StateDictLayout:
+    """A UNetModel of ADM's code, as OpenAI's consistency models and Sony's trajectory models keep it, with the name given.
+
+    The blocks of either side are numbered through there, resampling ones included, and queries, keys and values are one convolution.
+    """
+    layers = config.layers
+
+    def place(side: str | None, number: int, part: int, attention: bool) -> str:
+        if side is None:
+            return "mid_block.attentions.0" if attention else f"mid_block.resnets.{part // 2}"
+        level, i = divmod(number - (side == "input"), layers + 1)
+        block = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
+        if attention:
+            return f"{block}.attentions.{i}"
+        # On the way down a block of its own halves; on the way up the last one's second or third part doubles.
+        if side == "input":
+            return f"{block}.downsamplers.0" if i == layers else f"{block}.resnets.{i}"
+        return f"{block}.upsamplers.0" if part else f"{block}.resnets.{i}"
+
+    def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        converted: dict[str, Tensor] = {}
+        for key, value in state.items():
+            full, _, kind = key.rpartition(".")
+            found = re.fullmatch(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d+)\.(.+)", full)
+            if full in _AUTHORS_NAMES or found is None:
+                converted[f"unet.{_AUTHORS_NAMES.get(full, full)}.{kind}"] = value
+                continue
+            rest = found[4]
+            target = "unet." + place(found[1], int(found[2] or 0), int(found[3]), rest in ("norm", "qkv", "proj_out"))
+            if rest in ("qkv", "proj_out") and kind == "weight":
+                value = value.flatten(1)  # noqa: PLW2901 - a convolution of 1x1 is a linear layer
+            if rest == "qkv":
+                for part, one in zip("qkv", value.chunk(3), strict=True):
+                    converted[f"{target}.to_{part}.{kind}"] = one
+            else:
+                converted[f"{target}.{_AUTHORS_PARTS.get(rest, rest)}.{kind}"] = value
+        return converted
+
+    return StateDictLayout(name, lambda keys: "input_blocks.0.0.weight" in keys, convert)
+
+
 @register_model(
     "consistency-tiny",
     ConsistencyConfig(sample_size=8, widths=(16, 32), layers=1, attention=(False, True), head_dim=16, norm_groups=8, num_classes=10),
@@ -367,7 +442,7 @@ def diffusers_layout(config: UNetConfig) -> StateDictLayout:
     summary="One-step generator of ImageNet-64, 296 M parameters",
 )
 def consistency(config: ConsistencyConfig) -> ModelSpec:
-    """A consistency model, or its sampling loop; weights may come in diffusers' layout."""
+    """A consistency model, or its sampling loop; weights may come in diffusers' layout or in the authors'."""
     picture = (config.in_channels, config.sample_size, config.sample_size)
 
     def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -390,5 +465,5 @@ def consistency(config: ConsistencyConfig) -> ModelSpec:
         fixed={name: dict.fromkeys((3, 4) if config.sigmas else (2, 3), fixed)},
         outputs=("sample",),
         source="Song et al., Consistency Models, arXiv:2303.01469; Dhariwal & Nichol, arXiv:2105.05233; checked against diffusers",
-        layouts=(diffusers_layout(config),),
+        layouts=(diffusers_layout(config), authors_layout(config, "openai/consistency_models")),
     )

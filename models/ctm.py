@@ -10,9 +10,12 @@ s = t, g(x, t, t) is the denoiser, and the score is (g(x, t, t) - x) / t^2. So o
 - *trajectory*: G(x, t, s);
 - *score*: (g(x, t, t) - x) / t^2.
 
-F is the U-Net of `models/consistency.py` with an embedding of s beside that of t. The logarithm of s is bounded at the smallest noise,
-0.002: the authors' code adds 1e-44, which half precision drops. The survey's sketch has a network for each mode and gives neither the
-target time nor the mixture with x; its "progressive generation" is no part of the paper.
+F is the authors' network (sony/ctm, code/cm/unet.py): the U-Net of `models/consistency.py`, which has in each residual block a projection
+of the embedding of s beside the one of t and class, SiLU and linear layer each, and adds the two. `ctm-imagenet64` has the settings of
+their ImageNet-64 model, and weights may have the names of their code.
+
+The logarithm of s is bounded at the smallest noise, 0.002: the authors' code adds 1e-44, which half precision drops. The survey's sketch
+has a network for each mode and gives neither the target time nor the mixture with x; its "progressive generation" is no part of the paper.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exporter.spec import ModelSpec, SizeRange, register_model
-from .consistency import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, UNet, check_unet
+from .consistency import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, UNet, authors_layout, check_unet
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,10 @@ class ScoreModel(TrajectoryModel):
     CTMConfig(sample_size=8, widths=(16, 32), layers=1, attention=(False, True), head_dim=16, norm_groups=8, num_classes=10, mode="score"),
     summary="The score of ctm-tiny",
 )
-@register_model("ctm-imagenet64", CTMConfig(), summary="Consistency trajectory model of ImageNet-64, 297 M parameters")
+@register_model("ctm-imagenet64", CTMConfig(), summary="Consistency trajectory model of ImageNet-64, 324 M parameters")
 @register_model("ctm-score-imagenet64", CTMConfig(mode="score"), summary="The score of ctm-imagenet64")
 def ctm(config: CTMConfig) -> ModelSpec:
-    """A consistency trajectory model in one of its modes."""
+    """A consistency trajectory model in one of its modes; weights may come in the authors' layout."""
     score = config.mode == "score"
 
     def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -137,5 +140,6 @@ def ctm(config: CTMConfig) -> ModelSpec:
         ranges={"batch": SizeRange(1, 2, 16)},
         fixed={"x": {2: fixed, 3: fixed}},
         outputs=("score" if score else "sample",),
-        source="Kim et al., Consistency Trajectory Models, arXiv:2310.02279",
+        source="Kim et al., Consistency Trajectory Models, arXiv:2310.02279; network: github.com/sony/ctm, code/cm/unet.py",
+        layouts=(authors_layout(config, "sony/ctm"),),
     )

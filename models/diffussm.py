@@ -21,11 +21,12 @@ What differs from the paper, and why:
 - **Tokens keep their own embedding.** Each latent is embedded by itself into D / M channels, and M neighbours are laid side by side.
 - **Position.** The paper names no position embedding, and the published size has none; `position_embedding` adds a learned one.
 
-Of `diffussm-xl`, the paper gives depth 29, D = 1152, M = 2 and 673 M parameters (ours: 648 M, the SSM being another). Inferred: E = 2 D and
-the order of the dense layers, which are what agrees with 13 D^2; N = 16, a convolution of 4 and delta of rank D / 16 are Mamba's defaults;
-embedders, AdaLN, final layer and the predicted variance are DiT's.
+Of `diffussm-xl`, the paper gives depth 29, D = 1152, M = 2 and 673 M parameters. `diffussm-xl` has 648.3 M, with another SSM: a block's
+two Mamba cores have 0.92 M, where the paper's count leaves 1.77 M to its SSM if all else is as here; it is not broken down there. Inferred:
+E = 2 D and the order of the dense layers, which are what agrees with 13 D^2; N = 16, a convolution of 4 and delta of rank D / 16 are
+Mamba's defaults; embedders, AdaLN, final layer and the predicted variance are DiT's.
 
-A popular sketch of DiffuSSM (SSM, then a feed-forward layer, both at full length) has neither the hourglass nor the second direction nor
+The survey's sketch of DiffuSSM (SSM, then a feed-forward layer, both at full length) has neither the hourglass nor the second direction nor
 any conditioning path, and is not this network.
 """
 
@@ -211,7 +212,9 @@ class DiffuSSM(nn.Module):
     DiffuSSMConfig(hidden_size=384, depth=12),
     summary="DiffuSSM with 12 blocks of width 384, 31 M parameters, 32x32 latents",
 )
-@register_model("diffussm-xl", DiffuSSMConfig(), summary="DiffuSSM-XL, 648 M parameters, 32x32 latents")
+@register_model(
+    "diffussm-xl", DiffuSSMConfig(), summary="DiffuSSM-XL with Mamba mixers, 648 M parameters (the paper's S4D: 673 M), 32x32 latents"
+)
 def diffussm(config: DiffuSSMConfig) -> ModelSpec:
     """A DiffuSSM with Mamba mixers."""
     return ModelSpec(

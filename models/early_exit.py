@@ -10,7 +10,7 @@ paper's S is threshold = 1 / (1 + S). For a batch the decision is one for all: *
 the threshold**, which for one sequence is the paper's rule (the paper measures with batches of one). The layers up to the exit are computed
 for every sequence, and `exit`, the number of layers computed (1 to n), is an output.
 
-Differences, and why: a popular sketch takes the entropy of a softmax over the hidden channels, which is no probability of anything, and
+Differences, and why: the survey's sketch takes the entropy of a softmax over the hidden channels, which is no probability of anything, and
 compares it before any classifier has been asked; here, as in DeeBERT and before it in BranchyNet (Teerapittayanon et al., 1709.01686),
 it is that of the classifier's own distribution. DeeBERT's code asks an exit after layer n too, which the paper does not have and whose
 weights are never trained: exit n is BERT's own classifier, and asked unconditionally. There is no padding: a batch's sequences are of one

@@ -15,8 +15,8 @@ This is a model of the arithmetic, which every target computes: E4M3 is emulated
 says what FP8 attention does to a network's accuracy on a machine that has no FP8, and it runs no faster than softmax attention: the
 speed is that of the kernel. The settings `block_size=0` and `incoherent=False` give per-tensor FP8, the paper's baseline. The survey's
 2.6 times smaller error is the paper's table 3, on values of which one in a thousand is an outlier, and holds here for heads of 256 and
-2048 tokens; it grows with both, from 1.5 times for heads of 64 and 512 tokens (`tests/models/test_fp8_attention.py`). The rotation alone
-gives it: on such values, E4M3 has exponents enough for one scale.
+2048 tokens; it grows with both, from 1.5 times for heads of 64 and 512 tokens (`tests/models/test_fp8_attention.py`). Most of it is the
+rotation's: on such values, E4M3 has exponents enough for one scale.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def fp8_attention_block(config: FP8AttentionConfig) -> ModelSpec:
         dynamic={"x": {0: "batch", 1: "length"}},
         ranges={"batch": SizeRange(1, 2, 16), "length": SizeRange(1, 10, 8192)},
         outputs=("y",),
-        # What half precision moves across a tie becomes the next number of E4M3, 2^-4 away; an average over keys leaves some 2^-6.
-        tolerances={precision: Tolerance(min_psnr=40.0, max_relative=0.05) for precision in ("fp16", "bf16")},
+        # What half precision moves across a tie becomes the next number of E4M3, 2^-4 away; an average over keys leaves some 2^-6. bf16
+        # moves eight times as much across.
+        tolerances={"fp16": Tolerance(min_psnr=50.0, max_relative=0.02), "bf16": Tolerance(min_psnr=45.0, max_relative=0.03)},
         source="Shah et al., FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision, arXiv:2407.08608",
     )

@@ -9,7 +9,7 @@ with L levels
     code    = round(bounded) / floor(L / 2)          half-way values to the even integer, as torch.round and jnp.round do
     index   = sum_i (round(bounded_i) + floor(L_i / 2)) basis_i,      basis_i = L_0 ... L_(i-1)
 
-so that round(bounded) takes exactly L values, also where L is even: -L/2 ... L/2 - 1, and codes lie in [-1, 1 - 2/L]. A popular sketch
+so that round(bounded) takes exactly L values, also where L is even: -L/2 ... L/2 - 1, and codes lie in [-1, 1 - 2/L]. The survey's sketch
 rounds (tanh(z) + 1) (L - 1) / 2 instead and spreads the levels evenly over [-1, 1]; then zero is no code where L is even. The half offset
 is the paper's, and is what published code and weights use.
 

@@ -194,17 +194,17 @@ _SOURCE = (
 
 @register_model(
     "hamiltonian-flow-tiny",
-    HamiltonianFlowConfig(features=4, hidden=16, steps=4),
+    HamiltonianFlowConfig(features=4, hidden=16, steps=4, dt=0.9),
     summary="Neural Hamiltonian flow with 4 leapfrog steps, base to data, for trying",
 )
 @register_model(
     "hamiltonian-flow-inverse-tiny",
-    HamiltonianFlowConfig(features=4, hidden=16, steps=4, form="inverse"),
+    HamiltonianFlowConfig(features=4, hidden=16, steps=4, dt=0.9, form="inverse"),
     summary="Neural Hamiltonian flow with 4 leapfrog steps, data to base, for trying",
 )
 @register_model(
     "hamiltonian-flow-elbo-tiny",
-    HamiltonianFlowConfig(features=4, hidden=16, steps=4, form="elbo"),
+    HamiltonianFlowConfig(features=4, hidden=16, steps=4, dt=0.9, form="elbo"),
     summary="Neural Hamiltonian flow with 4 leapfrog steps, lower bound of the log density, for trying",
 )
 @register_model("hamiltonian-flow-2d", HamiltonianFlowConfig(), summary="Neural Hamiltonian flow for 2-D densities, 0.07 M parameters")

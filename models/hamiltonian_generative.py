@@ -233,7 +233,9 @@ class HGN(nn.Module):
 
 @register_model(
     "hamiltonian-generative-tiny",
-    HGNConfig(size=16, channels=1, frames=3, encoder_width=16, encoder_depth=3, latent=8, phase=4, width=16, energy_depth=2, steps=3),
+    HGNConfig(
+        size=16, channels=1, frames=3, encoder_width=16, encoder_depth=3, latent=8, phase=4, width=16, energy_depth=2, steps=3, dt=1.9
+    ),
     summary="Hamiltonian generative network with 3 leapfrog steps on 16x16 pictures, for trying",
 )
 @register_model(

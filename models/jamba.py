@@ -10,7 +10,7 @@ Of the 2 n sublayers 43.75 % are Mamba, 6.25 % attention and 50 % MLPs, a quarte
 positions: the Mamba layers know the order. The Mamba-1 block has RMSNorms of its own on dt, B and C. The weights of the chosen experts are
 their probabilities among all, not divided by their sum.
 
-A popular sketch gives the same shares (43 % Mamba, 7 % attention, 50 % MLP) and reads them as kinds of layers, in three zones with most
+The survey's sketch gives the same shares (43 % Mamba, 7 % attention, 50 % MLP) and reads them as kinds of layers, in three zones with most
 attention in the middle and MLPs at the end. In the published models they are shares of sublayers, and the plan repeats every 8 layers.
 
 Two forms share the weights. The prefill takes a prompt and returns, besides the logits, what the step needs: keys and values of the
@@ -19,7 +19,8 @@ returns them with its own. Each is stacked over its layers on axis 1. In the pre
 experts are gathered (see `moe`).
 
 Checked against transformers' JambaForCausalLM. `jamba-1.5-mini` has the size of the released Jamba and Jamba 1.5 Mini (52 G parameters),
-`jamba-1.5-large` that of Jamba 1.5 Large (398 G).
+`jamba-1.5-large` that of Jamba 1.5 Large (398 G). Sequences may have up to `context` tokens, 256 K in the released models; an engine that
+is built for every length up to there needs the memory of the longest, and `--dynamic` gives a shorter range.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class JambaConfig:
         expand: Their inner width over D.
         dt_rank: Their rank of the step size; 0 stands for ceil(D / 16), as published.
         norm_eps: Epsilon of all norms.
+        context: The most tokens of a sequence; 256 K, as published.
     """
 
     vocab_size: int = 65536
@@ -83,9 +85,18 @@ class JambaConfig:
     expand: int = 2
     dt_rank: int = 0
     norm_eps: float = 1e-6
+    context: int = 262144
 
     def __post_init__(self) -> None:
-        for name, least in (("vocab_size", 1), ("mlp_size", 1), ("state_size", 1), ("conv_size", 2), ("expand", 1), ("dt_rank", 0)):
+        for name, least in (
+            ("context", 2),
+            ("vocab_size", 1),
+            ("mlp_size", 1),
+            ("state_size", 1),
+            ("conv_size", 2),
+            ("expand", 1),
+            ("dt_rank", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if min(self.hidden_size, self.num_heads) < 1 or self.hidden_size % self.num_heads:
@@ -312,6 +323,7 @@ _SOURCE = "Lieber et al., Jamba, arXiv:2403.19887; Jamba-1.5, arXiv:2408.12570; 
         num_experts=4,
         state_size=4,
         dt_rank=4,
+        context=4096,
     ),
     summary="Jamba with 3 layers of width 64 (Mamba, attention with experts, Mamba), prefill, for trying",
 )
@@ -330,9 +342,10 @@ def jamba(config: JambaConfig) -> ModelSpec:
     return ModelSpec(
         build=lambda: Jamba(config).eval(),
         inputs=inputs,
-        sizes={"batch": 2, "length": 7},  # a few tokens, none of which stands between two experts within the error of half precision
+        # A few tokens, none of which stands between two experts within the error of half precision.
+        sizes={"batch": 2, "length": min(7, config.context)},
         dynamic={"tokens": {0: "batch", 1: "length"}},
-        ranges={"batch": SizeRange(1, 2, 16), "length": SizeRange(1, 16, 512)},
+        ranges={"batch": SizeRange(1, 2, 16), "length": SizeRange(1, min(16, config.context), config.context)},
         outputs=("logits", "keys", "values", "conv_states", "ssm_states"),
         source=_SOURCE,
         layouts=(_layout(config),),
@@ -353,6 +366,7 @@ def jamba(config: JambaConfig) -> ModelSpec:
         num_experts=4,
         state_size=4,
         dt_rank=4,
+        context=4096,
     ),
     summary="One token of jamba-tiny, with its cache and states",
 )
@@ -377,13 +391,14 @@ def jamba_step(config: JambaConfig) -> ModelSpec:
     return ModelSpec(
         build=lambda: JambaStep(config).eval(),
         inputs=inputs,
-        sizes={"batch": 2, "past": 5},
+        sizes={"batch": 2, "past": min(5, config.context - 1)},
         dynamic={
             "token": {0: "batch"},
             **{name: {0: "batch", 3: "past"} for name in states[:2]},
             **{name: {0: "batch"} for name in states[2:]},
         },
-        ranges={"batch": SizeRange(1, 2, 16), "past": SizeRange(1, 5, 4096)},
+        # The token that is given is one more.
+        ranges={"batch": SizeRange(1, 2, 16), "past": SizeRange(1, min(5, config.context - 1), config.context - 1)},
         outputs=("logits", *(f"next_{name}" for name in states)),
         source=_SOURCE,
         layouts=(_layout(config),),

@@ -180,6 +180,9 @@ class LinearTransformer(nn.Module):
 @register_model(
     "linear-attention-cifar10", LinearAttentionConfig(depth=16), summary="The paper's causal model of CIFAR-10: 16 layers of 8 heads of 32"
 )
+@register_model(
+    "linear-attention-step-cifar10", LinearAttentionConfig(depth=16, form="step"), summary="One token of linear-attention-cifar10"
+)
 def linear_attention_transformer(config: LinearAttentionConfig) -> ModelSpec:
     """A transformer with linear attention, in one of its forms."""
     width = config.num_heads * config.head_dim

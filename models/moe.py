@@ -8,7 +8,7 @@ For a token x, E experts and a router matrix W_g (Shazeer et al., arXiv:1701.065
 
 A softmax over the chosen logits equals the softmax over all of them divided by the sum of the chosen, which is how it is computed here.
 Every token keeps all of its k experts: there is no capacity, and nothing is dropped. Of equal logits the expert with the lower index is
-chosen; the published code leaves that to `torch.topk`, which promises nothing. A popular sketch applies a second softmax to the chosen
+chosen; the published code leaves that to `torch.topk`, which promises nothing. The survey's sketch applies a second softmax to the chosen
 probabilities, which flattens the weights (0.9 and 0.1 become 0.69 and 0.31), and is not what any of these models computes.
 
 **No shape depends on data.** The published code collects the tokens of each expert (`nonzero`, `where`), which no ahead-of-time compiler
@@ -24,6 +24,9 @@ takes. Instead there are two forms with equal weights and results:
 - *gathered*, for decoding one token: the k experts' matrices are picked by index, and nothing of the others is read.
 
 A static form without the dense form's surplus needs capacities, and these drop tokens.
+
+ONNX Runtime on the CPU has an operator that does without the surplus and computes the same, which the target writes in place of either form
+(`--experts`; docs/design/0008-mixture-of-experts.md, which says why no other target does).
 
 Neither uses TopK: an expert's place is the number of experts before it (larger logit, or equal and lower index), E^2 comparisons a token,
 exact and with the same ties on every target. Experts that were not chosen are masked and not multiplied by 0, so that an overflow in one of

@@ -125,6 +125,6 @@ def physics_attention(config: PhysicsAttentionConfig) -> ModelSpec:
         dynamic={"x": {0: "batch", 1: "length"}},
         ranges={"batch": SizeRange(1, 2, 16), "length": SizeRange(1, 12, 4096)},
         outputs=("y", "weights"),
-        source="the survey's PhysicsInspiredAttention; no paper",
+        source="defined in this file, after the PhysicsInspiredAttention of the survey in docs/design/0010; no paper",
         analyses=(Analysis("constraint", outputs=("weights",)),),
     )

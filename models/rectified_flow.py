@@ -7,6 +7,8 @@ velocity of the other sign.)
 
 `rectified-flow-2d` has the network of the authors' notebooks for 2-D data, tanh layers of 100 over [x, t], with 100 Euler steps as there;
 `rectified-flow-dit-s-2` has a class-conditional DiT-S/2 as its velocity (SiT, Ma et al., arXiv:2401.08740, is that network on this flow).
+The paper draws by Euler's method and by an adaptive Runge-Kutta; Heun's is not in it, and any size has it by `--set method=heun`. Both are
+checked against the flow matching schedulers of diffusers.
 
 The survey's sketch has the training loss and the outline of reflow, which is training too, and draws no sample.
 """

@@ -5,7 +5,7 @@ For a token a of n channels, with one learned gain a channel (equation 4 of the 
     RMS(a) = sqrt(1/n sum_i a_i^2)        y_i = a_i / RMS(a) * g_i
 
 The paper has no epsilon. The authors' two implementations place it differently (bzhangGo/rmsnorm: a / (RMS + eps) in PyTorch, a /
-sqrt(RMS^2 + eps) in TensorFlow), and so does a popular sketch, which follows the first. Here it is under the root, as in Llama, T5,
+sqrt(RMS^2 + eps) in TensorFlow), and so does the survey's sketch, which follows the first. Here it is under the root, as in Llama, T5,
 `torch.nn.RMSNorm` and ONNX' RMSNormalization: the two differ by a factor of about 1 - eps / RMS, or 1 - eps / (2 RMS^2), and only the
 second has a gradient at a = 0. The paper's partial form (pRMSNorm, the mean over the first channels only) and the bias of the authors'
 PyTorch code, off by default there, are left out.

@@ -231,15 +231,26 @@ def _without_unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @register_model("rwkv7-0.1b", RWKV7Config(), summary="RWKV7-World3 0.1B, 191 M parameters")
 @register_model("rwkv7-step-0.1b", RWKV7Config(form="step"), summary="One token of RWKV7-World3 0.1B")
 @register_model("rwkv7-0.4b", RWKV7Config(hidden_size=1024, depth=24), summary="RWKV7-World3 0.4B, 451 M parameters")
+@register_model("rwkv7-step-0.4b", RWKV7Config(hidden_size=1024, depth=24, form="step"), summary="One token of RWKV7-World3 0.4B")
 @register_model(
     "rwkv7-1.5b",
     RWKV7Config(hidden_size=2048, depth=24, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=256),
     summary="RWKV7-World3 1.5B",
 )
 @register_model(
+    "rwkv7-step-1.5b",
+    RWKV7Config(hidden_size=2048, depth=24, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=256, form="step"),
+    summary="One token of RWKV7-World3 1.5B",
+)
+@register_model(
     "rwkv7-2.9b",
     RWKV7Config(hidden_size=2560, depth=32, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=320),
     summary="RWKV7-World3 2.9B",
+)
+@register_model(
+    "rwkv7-step-2.9b",
+    RWKV7Config(hidden_size=2560, depth=32, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=320, form="step"),
+    summary="One token of RWKV7-World3 2.9B",
 )
 def rwkv7_network(config: RWKV7Config) -> ModelSpec:
     """An RWKV-7 over a sequence, or one token of it."""

@@ -8,13 +8,20 @@ Checked against diffusers' SanaTransformer2DModel and read beside the authors' c
 - The authors drop padded caption tokens before the attention where xformers is installed; elsewhere, as in diffusers and here, they add
   -10000 to the padded tokens' scores.
 
-There is no position embedding (the depthwise convolutions see the positions), so height, width and caption length are free. SANA-1.5 and
-SANA-Sprint (normalised queries and keys, guidance embedding) and the 2K and 4K models (position embedding) are other architectures.
+The 0.6B and 1.6B models have no position embedding (the depthwise convolutions see the positions); the 2K and 4K models add sines and
+cosines of the positions to the tokens (`position_scale`). Height, width and caption length are free in both. SANA-1.5 and SANA-Sprint,
+which normalise queries and keys and embed the guidance, are other architectures, and are refused by name.
+
+Weights come in diffusers' layout, or in the authors', which is published as a `.pth` of `{"state_dict": tensors}`: save the tensors as
+safetensors. Of the authors' tensors, `y_embedder.y_embedding` (the caption of nothing, which is an input here) and `logvar_linear` (for
+training) are left out, and so is `pos_embed`, a buffer that the authors' class always has: zeros without a position embedding, else its
+values, which are compared with the model's own. Nothing else tells a 2K or 4K file from one of the 1.6B model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..exporter.errors import Reason, WeightsError
 from ..exporter.spec import ModelSpec, SizeRange, StateDictLayout, register_model
 from ..exporter.weights import fuse
 from .flow import digits_sampler
@@ -51,6 +59,7 @@ class SanaConfig:
         caption_channels: Channels of a caption token.
         caption_length: The longest caption, in tokens.
         caption_mask: True when the model takes a mask of the caption's tokens as a fourth input.
+        position_scale: By what positions are divided before their sines and cosines are added to the tokens; 0 adds none.
     """
 
     sample_size: int = 16
@@ -64,6 +73,7 @@ class SanaConfig:
     caption_channels: int = 2304
     caption_length: int = 300
     caption_mask: bool = True
+    position_scale: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = (self.sample_size, self.patch_size, self.in_channels, self.hidden_size, self.depth, self.head_dim, self.num_cross_heads)
@@ -71,6 +81,10 @@ class SanaConfig:
             raise ValueError("every size of a SANA transformer must be at least 1")
         if self.sample_size % self.patch_size:
             raise ValueError(f"sample_size must be a multiple of patch_size, got {self.sample_size} and {self.patch_size}")
+        if not 0 <= self.position_scale < math.inf:
+            raise ValueError(f"position_scale must be at least 0 and finite, got {self.position_scale}")
+        if self.position_scale and self.hidden_size % 4:
+            raise ValueError(f"hidden_size must be a multiple of 4 for sines and cosines of two positions, got {self.hidden_size}")
         if self.hidden_size % self.head_dim or self.hidden_size % self.num_cross_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of head_dim and of num_cross_heads, "
@@ -199,6 +213,31 @@ class FinalLayer(nn.Module):
         return out
 
 
+class PositionEmbedding(nn.Module):
+    """Sines and cosines of column and row, as `layers.sincos_2d`, for positions i * base / side / scale, for any height and width.
+
+    So the positions of a picture of any size span the same interval [0, base / scale), base being the number of patches along a side at
+    `sample_size`.
+    """
+
+    def __init__(self, config: SanaConfig) -> None:
+        super().__init__()
+        self.quarter = config.hidden_size // 4
+        self.span = config.sample_size // config.patch_size / config.position_scale
+
+    def forward(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """(height * width, D), float32, whatever the module's own type is."""
+        steps = torch.arange(self.quarter, dtype=torch.float32, device=device)
+        frequencies = torch.exp(steps * (-math.log(10000.0) / self.quarter))
+
+        def encode(side: int) -> Tensor:
+            angles = (torch.arange(side, dtype=torch.float32, device=device) * self.span / side).unsqueeze(1) * frequencies
+            return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+        columns, rows = encode(width).expand(height, width, -1), encode(height).unsqueeze(1).expand(height, width, -1)
+        return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
 class Sana(nn.Module):
     """The whole model: noisy latents, timesteps and caption tokens to the predicted velocity."""
 
@@ -207,6 +246,7 @@ class Sana(nn.Module):
         dim = config.hidden_size
         self.config = config
         self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
+        self.positions = PositionEmbedding(config) if config.position_scale else None
         self.t_embedder = TimestepEmbedder(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = nn.Sequential(nn.Linear(config.caption_channels, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -245,6 +285,8 @@ class Sana(nn.Module):
         caption = self.attention_y_norm(self.y_embedder(caption))  # (B, L, D)
         bias = None if mask is None else ((1 - mask.to(x.dtype)) * -10000.0)[:, None, None, :]
         tokens = self.x_embedder(x)  # (B, N, D)
+        if self.positions is not None:
+            tokens = tokens + self.positions(height, width, x.device).to(tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens, caption, bias, modulation, height, width)
         pixels: Tensor = self.final_layer(tokens, condition).reshape(x.shape[0], height, width, p, p, self.config.in_channels)
@@ -315,10 +357,59 @@ def _diffusers_layout(config: SanaConfig) -> StateDictLayout:
             "attention_bias": False,
             "norm_elementwise_affine": False,
             "norm_eps": 1e-6,
-            "interpolation_scale": None,
+            "interpolation_scale": config.position_scale or None,
+            **({"sample_size": config.sample_size} if config.position_scale else {}),  # else it changes nothing
             "qk_norm": None,
             "guidance_embeds": False,
         },
+    )
+
+
+_AUTHORS_NAMES = re.compile(r"(?P<caption>y_embedder\.)y_proj\.fc(?P<layer>[12])\.|(?P<conv>\.mlp\.(?:inverted|depth|point)_conv\.)conv\.")
+_AUTHORS_UNUSED = frozenset({"y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias"})
+_NORMS_OR_GUIDANCE = re.compile(r"cfg_embedder\.|.*\.[qk]_norm\.")
+
+
+def _authors_layout(config: SanaConfig) -> StateDictLayout:
+    """The names of NVlabs/Sana; what they are in diffusers' layout is in its scripts/convert_sana_to_diffusers.py."""
+
+    def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        others = [key for key in state if _NORMS_OR_GUIDANCE.match(key)]
+        if others:
+            raise WeightsError(
+                "these are the weights of SANA-1.5 or SANA-Sprint, which are other architectures",
+                reasons=[Reason("normalises queries and keys, or embeds the guidance", where=key) for key in others],
+                hint="give the weights of SANA 0.6B or 1.6B",
+            )
+        _check_positions(config, state.get("pos_embed"))
+
+        def ours(match: re.Match[str]) -> str:
+            return f"{match['caption']}{2 * int(match['layer']) - 2}." if match["caption"] else match["conv"]
+
+        return {_AUTHORS_NAMES.sub(ours, key): state[key] for key in state if key not in _AUTHORS_UNUSED and key != "pos_embed"}
+
+    return StateDictLayout("NVlabs/Sana", lambda keys: "y_embedder.y_proj.fc1.weight" in keys, convert)
+
+
+def _check_positions(config: SanaConfig, stored: Tensor | None) -> None:
+    """Refuses the position embedding of another model, (1, N, D); zeros stand for none.
+
+    Raises:
+        WeightsError: It is another one.
+    """
+    if stored is None or stored.is_meta:
+        return
+    side = config.sample_size // config.patch_size
+    own = PositionEmbedding(config)(side, side) if config.position_scale else torch.zeros(())
+    # Files in bfloat16 hold 8 bits of numbers up to 1.
+    if bool(stored.any()) == bool(config.position_scale) and (
+        not config.position_scale or (stored.shape[1:] == own.shape and bool(((stored[0].float() - own).abs() < 2**-7).all()))
+    ):
+        return
+    raise WeightsError(
+        "the file's position embedding is not the model's: SANA's 2K and 4K models have one, those for 512 and 1024 px have none",
+        reasons=[Reason(f"does not fit position_scale {config.position_scale:g} and sample_size {config.sample_size}", where="pos_embed")],
+        hint="choose sana-1.6b-2k for the 2K model, sana-1.6b-4k for the 4K model, and sana-600m or sana-1.6b for the others",
     )
 
 
@@ -339,8 +430,18 @@ def _diffusers_layout(config: SanaConfig) -> StateDictLayout:
     SanaConfig(hidden_size=2240, depth=20, num_cross_heads=20),
     summary="SANA 1.6B for 512 px: 16x16 latents of 32 channels, captions of up to 300 tokens",
 )
+@register_model(
+    "sana-1.6b-2k",
+    SanaConfig(sample_size=64, hidden_size=2240, depth=20, num_cross_heads=20, position_scale=1.0),
+    summary="SANA 1.6B for 2048 px, with a position embedding: 64x64 latents of 32 channels, captions of up to 300 tokens",
+)
+@register_model(
+    "sana-1.6b-4k",
+    SanaConfig(sample_size=128, hidden_size=2240, depth=20, num_cross_heads=20, position_scale=2.0),
+    summary="SANA 1.6B for 4096 px, with a position embedding: 128x128 latents of 32 channels, captions of up to 300 tokens",
+)
 def sana(config: SanaConfig) -> ModelSpec:
-    """A SANA transformer; weights may come in diffusers' layout."""
+    """A SANA transformer; weights may come in diffusers' layout or in the authors'."""
     axes: dict[str, dict[int, str]] = {"x": {0: "batch"}, "t": {0: "batch"}, "caption": {0: "batch", 1: "length"}}
     if config.caption_mask:
         axes["mask"] = {0: "batch", 1: "length"}
@@ -375,7 +476,7 @@ def sana(config: SanaConfig) -> ModelSpec:
         outputs=("sample",),
         source="Xie et al., SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, arXiv:2410.10629; "
         "checked against diffusers",
-        layouts=(_diffusers_layout(config),),
+        layouts=(_diffusers_layout(config), _authors_layout(config)),
     )
 
 

@@ -10,7 +10,7 @@ as in the authors' code (`mean_match: False`), whose networks count the steps th
 chain, from the prior to data, and `schrodinger-bridge-forward-…` the forward one; both hold both networks, and noise is an input.
 
 `schrodinger-bridge-2d` has the networks, the 20 steps and gamma = 0.01 of the authors' 2-D experiments; the keys of `forwards` and
-`backwards` are those of their `ScoreNetwork`.
+`backwards` are those of their `ScoreNetwork`. What `iterative_proportional_fitting` finds between Gaussians is checked against torchcfm.
 
 The networks are trained in turns (iterative proportional fitting: each is fitted to the reversal of the other's chain). That is training,
 and stays out of the graph: `iterative_proportional_fitting` runs it on the host with any regression. Its sketch in the survey calls methods

@@ -9,10 +9,10 @@ A fixed number of them, unrolled, from v = 0. The last one fixes the columns: th
 rows to a as far as the iterations have converged. The graph returns the plan, what each point of x pays, sum_j P_ij C_ij (their sum is the
 cost of the plan, neither the regularised objective nor its square root), and the potentials f = eps u and g = eps v.
 
-There is nothing to learn here, and the model has no weights. Weights a and b have to be positive: take points without mass out, as the
-paper does.
+There is nothing to learn here, and the model has no weights; both clouds may have any number of points. Weights a and b have to be
+positive: take points without mass out, as the paper does.
 
-The survey's sketch multiplies by exp(-C / eps) itself, which in float32 is 0 from C = 104 eps on, and in float16 from 17 eps; then it
+A popular sketch multiplies by exp(-C / eps) itself, which in float32 is 0 from C = 104 eps on, and in float16 from 17 eps; then it
 divides by zero. It also stops on a comparison of values; here the number of iterations is fixed. `sinkhorn-mnist` is the paper's
 experiment: histograms of 20 x 20 pixels, Euclidean distances on the grid, lambda = 9 over their median (of the unit square: eps = 0.0567),
 20 iterations.
@@ -36,8 +36,8 @@ class SinkhornConfig:
     """Settings of Sinkhorn's iterations.
 
     Attributes:
-        points: n, points of the first cloud.
-        targets: m, points of the second.
+        points: n, points of the first cloud that an artifact is tuned for; others may be given.
+        targets: m, points of the second, likewise.
         dimensions: Coordinates of a point.
         cost: `sqeuclidean` or `euclidean`.
         epsilon: Strength of the regularisation, in the unit of the cost.
@@ -104,18 +104,24 @@ def sinkhorn(config: SinkhornConfig) -> ModelSpec:
     """Sinkhorn transport."""
 
     def inputs(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        batch, n, m, d = sizes["batch"], config.points, config.targets, config.dimensions
+        batch, n, m, d = sizes["batch"], sizes["points"], sizes["targets"], config.dimensions
         clouds = {"x": rng.random((batch, n, d), dtype="float32"), "y": rng.random((batch, m, d), dtype="float32")}
         weights = {"a": rng.random((batch, n), dtype="float32") + 0.5, "b": rng.random((batch, m), dtype="float32") + 0.5}
         weights = {name: w / w.sum(axis=1, keepdims=True) for name, w in weights.items()}
         return {name: torch.from_numpy(value) for name, value in (clouds | weights).items()}
 
+    smaller, larger = sorted((config.points, config.targets))
     return ModelSpec(
         build=lambda: Sinkhorn(config).eval(),
         inputs=inputs,
-        sizes={"batch": 2},
-        dynamic={name: {0: "batch"} for name in ("x", "y", "a", "b")},
-        ranges={"batch": SizeRange(1, 2, 16)},
+        sizes={"batch": 2, "points": config.points, "targets": config.targets},
+        dynamic={name: {0: "batch", 1: "points" if name in "xa" else "targets"} for name in ("x", "y", "a", "b")},
+        # One range for both, so that an artifact is also verified with one of them changed and not the other. From 4 on: errors are judged
+        # beside an output's range, and what two points pay may be nearly the same.
+        ranges={
+            "batch": SizeRange(1, 2, 16),
+            **dict.fromkeys(("points", "targets"), SizeRange(min(4, smaller), larger, max(1024, larger))),
+        },
         outputs=("plan", "costs", "f", "g"),
         # Exponents reach C / eps = 20, of which half precision keeps 2^-6 where a target has no islands of float32.
         tolerances={"fp16": Tolerance(min_psnr=50.0, max_relative=1e-2)},

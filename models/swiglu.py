@@ -5,8 +5,8 @@ Equation 6 of the paper, without biases as everywhere in its section 2::
     FFN_SwiGLU(x, W, V, W2) = (Swish_1(x W) * x V) W2        Swish_1(x) = x sigmoid(x), also called SiLU
 
 W and V map d channels to h, W2 maps h back to d. With h = 2/3 * 4 d it has as many weights as a plain layer of 4 d; Llama rounds that up to
-a multiple of 256, which for d = 4096 is 11008. A popular sketch fuses W and V into one layer of 2 d (so h = d), declares a W2 from d to d
-and never applies it: that is a gated linear unit without its output projection, and not this layer.
+a multiple of 256, which for d = 4096 is 11008. The survey's sketch fuses W and V into one layer of 2 d (so h = d), declares a W2 from d to
+d and never applies it: that is a gated linear unit without its output projection, and not this layer.
 
 The module is `layers.SwiGLU`, which Mixtral's, DBRX's and Jamba's experts compute too. Checked against transformers' LlamaMLP, whose names
 are the module's; Meta's checkpoints call the three w1, w3 and w2.

@@ -10,13 +10,17 @@ at each patch; only the patches come out.
 - With `legacy`, as in the three published tokenizers, the decoder predicts a distribution over the 1024 codes of a MaskGIT-VQGAN at each
   patch, and that network's decoder makes the image of their mean vector. Also, the encoder's output (K, width) is read as (width, K) before
   the projection without a transposition; the authors kept that for their weights' sake, and so does this.
-- Without, pixels are predicted directly, as in their later models.
+- Without, pixels are predicted directly, as in their later models. What that has in common with titok-pytorch is checked against it.
 
 **Length.** With nested dropout (Rippel et al., arXiv:1402.0915; for tokenizers of this kind One-D-Piece, arXiv:2501.10064, and FlexTok,
 arXiv:2502.13967) the first tokens carry the most, and any prefix is a description of the image. `length` is that prefix, for each image:
 the vectors of the tokens after it are zero before they enter the decoder. FlexTok puts a learned mask token there, One-D-Piece shortens the
 sequence; zeros need no weight that the published checkpoints lack. The full length is the published model, which was trained without
 nested dropout.
+
+With `legacy` a token is not a latent: read as (width, K), channel c of latent i goes to token (width i + c) mod K. In the published sizes,
+where K divides width, token k is every K-th channel, from channel k on, of all latents. So a prefix of n tokens is n / K of the channels of
+every latent, and no latent as a whole. The decoder is the same with and without: it gets the first n vectors, and zeros.
 
 **Adaptive count.** The survey's sketch chooses the encoder's *width* from a complexity score that it leaves open, which no trained network
 can follow. Here the number of tokens is chosen: with g the mean squared differences of neighbouring pixels, down and across, summed,
@@ -392,6 +396,43 @@ class TiTokDecode(TiTok):
         decode=True,
     ),
     summary="8 tokens of titok-encode-tiny to a 16x16 image",
+)
+@register_model(
+    "titok-encode-legacy-tiny",
+    TiTokConfig(
+        image_size=16,
+        patch_size=4,
+        num_latent_tokens=8,
+        width=32,
+        depth=2,
+        num_heads=2,
+        token_size=4,
+        codebook_size=32,
+        vqgan_channels=8,
+        vqgan_mult=(1, 2, 2),
+        vqgan_z=6,
+        vqgan_codes=10,
+    ),
+    summary="titok-encode-tiny in the form of the published tokenizers",
+)
+@register_model(
+    "titok-decode-legacy-tiny",
+    TiTokConfig(
+        image_size=16,
+        patch_size=4,
+        num_latent_tokens=8,
+        width=32,
+        depth=2,
+        num_heads=2,
+        token_size=4,
+        codebook_size=32,
+        vqgan_channels=8,
+        vqgan_mult=(1, 2, 2),
+        vqgan_z=6,
+        vqgan_codes=10,
+        decode=True,
+    ),
+    summary="8 tokens of titok-encode-legacy-tiny to a 16x16 image, through a MaskGIT-VQGAN",
 )
 @register_model("titok-encode-l-32", TiTokConfig(), summary="TiTok-L-32: 256x256 image to 32 tokens")
 @register_model("titok-decode-l-32", TiTokConfig(decode=True), summary="TiTok-L-32: 32 tokens to a 256x256 image")

@@ -1,7 +1,7 @@
 """A diffusion transformer on spatio-temporal patches of video: Wan 2.1 (Wan team, arXiv:2503.20314).
 
-The survey's "world simulator" is Sora, of which no architecture was published beyond this (Brooks et al., "Video generation models as world
-simulators", OpenAI 2024): a diffusion transformer over patches of a compressed video's space and time, conditioned by text, for any
+The best known "world simulator" is Sora, of which no architecture was published beyond this (Brooks et al., "Video generation models as
+world simulators", OpenAI 2024): a diffusion transformer over patches of a compressed video's space and time, conditioned by text, for any
 duration, resolution and aspect ratio. Wan 2.1 is such a network whose code and weights are public:
 
     x <- patches of the latents (B, C, F, H, W), 1 x 2 x 2 each, row by row and frame by frame
@@ -9,8 +9,11 @@ duration, resolution and aspect ratio. Wan 2.1 is such a network whose code and 
     x <- x + CrossAttention(LN(x), text)                      all heads, and turned by rotary positions in time, height and width
     x <- x + g2 * FFN((1 + s2) LN(x) + b2)
 
-where b1, s1, g1, b2, s2, g2 are one projection of the time for all blocks plus a table of the block's own. The number of frames may vary.
-The d / 2 channel pairs of a head have rotary angles of time, height and width: the last two have floor(d / 6) pairs each.
+where b1, s1, g1, b2, s2, g2 are one projection of the time for all blocks plus a table of the block's own. The d / 2 channel pairs of a
+head have rotary angles of time, height and width: the last two have floor(d / 6) pairs each.
+
+No weight depends on the number of frames, on height or on width. All three may vary, up to `max_positions` patches each; an artifact takes
+up to twice the settings' frames, and up to the larger of their sides along both, unless `--dynamic` gives other ranges.
 
 Checked against diffusers' WanTransformer3DModel; parameters have the names of the authors' code (Wan-Video/Wan2.1, wan/modules/model.py).
 The models that take a picture beside the text (I2V) are not here.
@@ -46,6 +49,9 @@ class VideoDiTConfig:
         text_dim: Channels of the text encoder's output.
         freq_dim: Channels of the sinusoids of the time.
         max_positions: Patches along time, height or width, at most.
+        sample_frames: Frames of the latents that an artifact is tuned for; 21 are 81 of the video. Others may be given.
+        sample_height: Their height; 60 x 104 is 480 x 832 of the video.
+        sample_width: Their width.
         eps: Epsilon of all norms.
     """
 
@@ -59,6 +65,9 @@ class VideoDiTConfig:
     text_dim: int = 4096
     freq_dim: int = 256
     max_positions: int = 1024
+    sample_frames: int = 21
+    sample_height: int = 60
+    sample_width: int = 104
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -73,6 +82,10 @@ class VideoDiTConfig:
             raise ValueError(f"freq_dim must be even and at least 2, got {self.freq_dim}")
         if self.max_positions < 16:
             raise ValueError(f"max_positions must be at least 16, got {self.max_positions}")
+        for name, patch, least in (("frames", self.patch_frames, 1), ("height", self.patch_size, 2), ("width", self.patch_size, 2)):
+            size = getattr(self, f"sample_{name}")
+            if not least * patch <= size <= self.max_positions * patch or size % patch:
+                raise ValueError(f"sample_{name} must be a multiple of {patch}, {least} to {self.max_positions} patches, got {size}")
 
 
 class RMSNorm(nn.Module):
@@ -189,7 +202,8 @@ class VideoDiT(nn.Module):
         """Predicts the velocity.
 
         Args:
-            x: Noisy latents (B, in_channels, frames, height, width), float32; sizes are multiples of the patch's.
+            x: Noisy latents (B, in_channels, frames, height, width), float32; sizes are multiples of the patch's, of `max_positions`
+                patches at most.
             t: Times (B,), float32, in [0, 1000].
             context: The text encoder's output (B, M, text_dim), float32.
 
@@ -198,7 +212,7 @@ class VideoDiT(nn.Module):
         """
         batch, channels, frames, height, width = x.shape
         pt, p = self.config.patch_frames, self.config.patch_size
-        places, rows, columns = frames // pt, height // p, width // p
+        places = frames // pt
         # A convolution of every frame's patches: where a patch is several frames deep, these are channels of one.
         pictures = (
             x.reshape(batch, channels, places, pt, height, width)
@@ -206,8 +220,10 @@ class VideoDiT(nn.Module):
             .reshape(batch * places, channels * pt, height, width)
         )
         weight = self.patch_embedding.weight.flatten(1, 2)
-        tokens = F.conv2d(pictures, weight, self.patch_embedding.bias, stride=p)
-        tokens = tokens.flatten(2).transpose(1, 2).reshape(batch, places * rows * columns, -1)
+        patches = F.conv2d(pictures, weight, self.patch_embedding.bias, stride=p)  # (B places, D, rows, columns)
+        rows, columns = patches.shape[2:]
+        # By way of (B, places, N, D): coreai-core 1.0.0b3 leaves out a reshape of three axes to three whose first two are dynamic in both.
+        tokens = patches.reshape(batch, places, -1, rows * columns).transpose(2, 3).flatten(1, 2)
 
         frequencies = timestep_embedding(t, self.config.freq_dim)
         time = self.time_embedding(frequencies.to(weight.dtype))
@@ -216,21 +232,24 @@ class VideoDiT(nn.Module):
         rotation = self._angles(self.cos, places, rows, columns), self._angles(self.sin, places, rows, columns)
         for block in self.blocks:
             tokens = block(tokens, projected, text, rotation)
-        out = self.head(tokens, time).reshape(batch, places, rows * columns, pt, -1).transpose(2, 3)  # (B, places, pt, N, p p C)
-        pixels = out.reshape(batch * frames, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-        video: Tensor = pixels.reshape(batch, frames, channels, height, width).transpose(1, 2)
+        out = self.head(tokens, time).reshape(batch, places, rows * columns, pt, p * p, channels)
+        # (B, places, pt, C, p p, N), of whose pictures a pixel shuffle makes (B frames, C, H, W).
+        pixels = out.permute(0, 1, 3, 5, 4, 2).reshape(batch * places * pt, channels * p * p, rows, columns)
+        video: Tensor = F.pixel_shuffle(pixels, p).reshape(batch, places * pt, channels, rows * p, columns * p).transpose(1, 2)
         return video
 
     def _angles(self, table: Tensor, places: int, rows: int, columns: int) -> Tensor:
         """The table's entries of every patch, (N, d / 2)."""
         time, vertical, horizontal = torch.split(table, list(self.shares), dim=1)
-        grid = (places, rows, columns, -1)
+        before, beside, behind = self.shares
+        first, second, third = (torch.arange(size, device=table.device) for size in (places, rows, columns))
+        # Each axis' entries with zeros for the others', added: coremltools 9 neither expands nor slices to sizes that are quotients.
         parts = (
-            time[:places, None, None].expand(grid),
-            vertical[None, :rows, None].expand(grid),
-            horizontal[None, None, :columns].expand(grid),
+            F.pad(time, (0, beside + behind))[first][:, None, None],
+            F.pad(vertical, (before, behind))[second][:, None],
+            F.pad(horizontal, (before + beside, 0))[third],
         )
-        return torch.cat(parts, dim=-1).flatten(0, 2)
+        return (parts[0] + parts[1] + parts[2]).flatten(0, 2)
 
 
 _DIFFUSERS = (
@@ -286,13 +305,25 @@ def _diffusers_layout(config: VideoDiTConfig) -> StateDictLayout:
 
 @register_model(
     "video-dit-tiny",
-    VideoDiTConfig(in_channels=4, hidden_size=48, depth=2, num_heads=2, ffn_dim=96, text_dim=24, freq_dim=32, max_positions=64),
+    VideoDiTConfig(
+        in_channels=4,
+        hidden_size=48,
+        depth=2,
+        num_heads=2,
+        ffn_dim=96,
+        text_dim=24,
+        freq_dim=32,
+        max_positions=64,
+        sample_frames=4,
+        sample_height=8,
+        sample_width=12,
+    ),
     summary="Video DiT with 2 blocks of width 48, for trying",
 )
 @register_model("video-dit-wan-1.3b", VideoDiTConfig(), summary="Wan 2.1 T2V 1.3B, 1.4 G parameters, text to video")
 @register_model(
     "video-dit-wan-14b",
-    VideoDiTConfig(hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824),
+    VideoDiTConfig(hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, sample_height=90, sample_width=160),
     summary="Wan 2.1 T2V 14B, 14 G parameters, text to video",
 )
 def video_dit(config: VideoDiTConfig) -> ModelSpec:
@@ -309,16 +340,27 @@ def video_dit(config: VideoDiTConfig) -> ModelSpec:
             "context": torch.from_numpy(rng.standard_normal(context, dtype=np.float32)),
         }
 
-    # What a patch covers one position of may vary freely; other sizes have to stay multiples, which a range cannot say.
+    # Nothing in the graph asks for multiples of patch_size: a row or column that fills no patch is left out of the output. Of frames a
+    # reshape asks it, which a range cannot say.
     frames = {2: "frames"} if pt == 1 else {}
-    multiple = f"a size has to stay a multiple of patch_size, {p}; --set and the example's sizes fix it"
+    fixed = {} if pt == 1 else {"x": {2: f"frames have to stay a multiple of patch_frames, {pt}"}}
+    longest = min(2 * config.sample_frames, config.max_positions * pt)
+    side = max(config.sample_height, config.sample_width)  # videos may lie or stand
     return ModelSpec(
         build=lambda: VideoDiT(config).eval(),
         inputs=inputs,
-        sizes={"batch": 2, "frames": 3 * pt, "height": 4 * p, "width": 6 * p, "text": 5},
-        dynamic={"x": {0: "batch", **frames}, "t": {0: "batch"}, "context": {0: "batch", 1: "text"}},
-        ranges={"batch": SizeRange(1, 2, 4), "frames": SizeRange(1, 3 * pt, config.max_positions), "text": SizeRange(1, 5, 512)},
-        fixed={"x": {3: multiple, 4: multiple}},
+        # A few patches: attention over those of the settings takes minutes on a CPU.
+        sizes={"batch": 2, "frames": min(3 * pt, longest), "height": min(4 * p, side), "width": min(6 * p, side), "text": 5},
+        dynamic={"x": {0: "batch", **frames, 3: "height", 4: "width"}, "t": {0: "batch"}, "context": {0: "batch", 1: "text"}},
+        ranges={
+            "batch": SizeRange(1, 2, 4),
+            "frames": SizeRange(pt, config.sample_frames, longest),
+            # One row or one column alone would be a graph of its own: torch.export takes it for a constant.
+            "height": SizeRange(2 * p, config.sample_height, side),
+            "width": SizeRange(2 * p, config.sample_width, side),
+            "text": SizeRange(1, 5, 512),
+        },
+        fixed=fixed,
         outputs=("velocity",),
         source="Wan team, Wan: Open and Advanced Large-Scale Video Generative Models, arXiv:2503.20314; Brooks et al., Video generation "
         "models as world simulators, OpenAI 2024; checked against diffusers",

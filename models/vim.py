@@ -14,7 +14,8 @@ mambapy's VMamba. The authors gate each direction with the same z before the sum
 scan, so the next layer has to wait for the whole picture. The `vim-stream` form is therefore another network, the unidirectional one of
 the paper's ablations: forward scans alone, with a class token that is asked after the patches and not written into the states. It takes
 any number of patches and the states before them, and says after each piece what the picture shows so far, in memory that does not grow
-with the picture. Its weights are its own: those of the bidirectional models were trained for both directions, and none are published.
+with the picture. Its weights are its own: those of the bidirectional models were trained for both directions, and none are published. Nor
+is a size of picture; `vim-stream-ti-16` and `-s-16` have positions for 1024x1024, 4096 patches.
 """
 
 from __future__ import annotations
@@ -247,8 +248,16 @@ def vim(config: VimConfig) -> ModelSpec:
     VimConfig(image_size=16, patch_size=4, num_classes=10, hidden_size=32, depth=2, state_size=4),
     summary="Vision Mamba with forward scans alone, pieces of a picture with states, for trying",
 )
-@register_model("vim-stream-ti-16", VimConfig(), summary="Vim-Ti/16 with forward scans alone, pieces of a picture with states")
-@register_model("vim-stream-s-16", VimConfig(hidden_size=384), summary="Vim-S/16 with forward scans alone, pieces of a picture with states")
+@register_model(
+    "vim-stream-ti-16",
+    VimConfig(image_size=1024),
+    summary="Vim-Ti/16 with forward scans alone, pieces of a 1024x1024 picture with states",
+)
+@register_model(
+    "vim-stream-s-16",
+    VimConfig(image_size=1024, hidden_size=384),
+    summary="Vim-S/16 with forward scans alone, pieces of a 1024x1024 picture with states",
+)
 def vim_stream(config: VimConfig) -> ModelSpec:
     """A unidirectional Vision Mamba over pieces of a picture."""
     states = {"conv_states": config.conv_size - 1, "ssm_states": config.state_size}
@@ -269,7 +278,8 @@ def vim_stream(config: VimConfig) -> ModelSpec:
         inputs=inputs,
         sizes={"batch": 2, "patches": piece},
         dynamic={"patches": {0: "batch", 1: "patches"}, "first": {0: "batch"}, **{name: {0: "batch"} for name in states}},
-        ranges={"batch": SizeRange(1, 2, 64), "patches": SizeRange(1, piece, config.patches)},
+        # An engine has memory for the largest of each, and 16 whole pictures of 1024x1024 are 65,536 tokens.
+        ranges={"batch": SizeRange(1, 2, 16), "patches": SizeRange(1, piece, config.patches)},
         outputs=("logits", *(f"last_{name}" for name in states)),
         source=_SOURCE,
     )

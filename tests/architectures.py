@@ -1,4 +1,4 @@
-"""Which system of the survey runs where, as the sweep measured it, and the page that says so.
+"""Which system of the registry runs where, as the sweep measured it, and the page that says so.
 
 `make architectures` runs the sweep with ISTHMUS_CELLS set to a folder, into which every export of a tiny model writes one JSON file, and
 makes `docs/architectures.md` of them::
@@ -17,8 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from isthmus.exporter.bundle import Manifest
+import pytest
+
 from isthmus.exporter.errors import UnsupportedError
+from isthmus.exporter.manifest import Manifest
+from isthmus.exporter.spec import MODELS
 
 SYSTEMS: Mapping[str, tuple[str, ...]] = {
     "Sequence mixers": (
@@ -36,12 +39,23 @@ SYSTEMS: Mapping[str, tuple[str, ...]] = {
         "schrodinger-bridge",
     ),
 }  # fmt: skip
-"""The stems of the survey's systems: sizes and forms follow after a hyphen (`mamba-tiny`, `mamba-step-tiny`, `mamba-130m`)."""
+"""The stems of the systems that have to be there: sizes and forms follow after a hyphen (`mamba-tiny`, `mamba-step-tiny`, `mamba-130m`)."""
 
 STEMS = tuple(stem for stems in SYSTEMS.values() for stem in stems)
 
 CELLS = (("onnxruntime", "fp32"), ("tensorrt", "fp16"), ("tensorrt-rtx", "fp16"), ("coreml", "fp16"), ("coreai", "fp16"))
 """The targets, and the precision in which each takes every tiny model."""
+
+
+TINY = sorted((name for name in MODELS if name.endswith("-tiny")), key=lambda name: (len(name), name))
+"""The models that are swept."""
+
+
+def marks_of(name: str, *, quick: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """When a sweep runs for a model: in `make test` if it is quick, else in `make matrix`, of which .ci/run takes one form a system."""
+    if quick:
+        return ()
+    return (pytest.mark.matrix,) if name in FIRST else (pytest.mark.matrix, pytest.mark.forms)
 
 
 @dataclass(frozen=True)
@@ -121,8 +135,12 @@ def read(folder: Path) -> list[Cell]:
 
 
 def stem_of(model: str) -> str:
-    """The system of a model: the longest stem that its name begins with; for one that is not of the survey, its name without the size."""
+    """The system of a model: the longest stem that its name begins with; for one that is none of them, its name without the size."""
     return max((stem for stem in STEMS if model.startswith(f"{stem}-")), key=len, default=model.rpartition("-")[0])
+
+
+FIRST = frozenset({stem_of(name): name for name in reversed(TINY)}.values())
+"""One form of each system."""
 
 
 def page(cells: Iterable[Cell]) -> str:
@@ -155,8 +173,8 @@ def page(cells: Iterable[Cell]) -> str:
 _INTRODUCTION = """
 # Every architecture on every target
 
-Made by `make architectures` from the exports of the sweep (`tests/test_small_models.py`); not to be edited. Each system of the survey is
-a registered model in a tiny size, which the sweep exports with random weights, and in its published sizes (`isthmus list models`).
+Made by `make architectures` from the exports of the sweep (`tests/test_small_models.py`); not to be edited. Each system is a registered
+model in a tiny size, which the sweep exports with random weights, and in its published sizes (`isthmus list models`).
 
 A cell says what was done here and how far the result was from PyTorch in float32: in fp32 the largest error over the range of the output,
 in fp16 the smallest PSNR in dB, over all outputs and inputs. The `onnx` stage of TensorRT is its graph in ONNX Runtime; engines of
@@ -177,11 +195,16 @@ def _text(cell: Cell) -> str:
     return f"{cell.verdict}, {error}" + (f" ({cell.stage})" if cell.verdict in ("lowered", "built") else "")
 
 
+def _badness(cell: Cell) -> float:
+    """Of the number that is shown: of several cells the largest is the worst."""
+    return cell.max_relative if cell.precision == "fp32" else -cell.psnr_db
+
+
 def _worst(cells: list[Cell]) -> str:
     executed = [cell for cell in cells if cell.verdict != "refused"]
     if not executed:
         return "refused" if cells else "not swept"
-    worst = max(executed, key=lambda cell: cell.max_relative)
+    worst = max(executed, key=_badness)
     return _text(worst) + (f"; {len(cells) - len(executed)} of {len(cells)} forms refused" if len(executed) < len(cells) else "")
 
 

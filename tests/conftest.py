@@ -1,5 +1,6 @@
 """What several test files need: the command line in this process and in a child, and one small bundle made once."""
 
+import gc
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ Run = Callable[..., click.testing.Result]
 Child = Callable[..., subprocess.CompletedProcess[str]]
 
 ROOT = Path(__file__).parent.parent
+_COUNT = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,6 +33,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         swept = getattr(item, "callspec", None) and item.callspec.params.get("swept")
         item.add_marker(pytest.mark.xdist_group(swept[1] if swept else item.path.relative_to(ROOT).as_posix()))
+
+
+_SWEPT = 500
+"""Tests after which what was set aside is looked through once more."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What earlier tests left is set aside from garbage collection, which coremltools asks for many times in a test: in a process that has
+    run some thousand tests each would take seconds.
+    """
+    count = item.session.stash.get(_COUNT, 0)
+    item.session.stash[_COUNT] = count + 1
+    if count % _SWEPT == 0:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _run(*arguments: object) -> click.testing.Result:

@@ -58,6 +58,8 @@ def test_the_page_of_some_cells():
         Cell("mamba-tiny", "onnxruntime", "fp32", "verified", "onnx", 2.5e-7, 131.0),
         Cell("mamba-step-tiny", "onnxruntime", "fp32", "verified", "onnx", 3.5e-7, 129.0),
         Cell("mamba2-tiny", "coreml", "fp16", "verified", "mil", 1e-3, 61.27),
+        Cell("moe-tiny", "coreml", "fp16", "verified", "mil", 1e-3, 60.0),
+        Cell("moe-step-tiny", "coreml", "fp16", "verified", "mil", 2e-3, 70.0),
         Cell("fsq-tiny", "tensorrt-rtx", "fp16", "built", "onnx", 0.0, float("inf")),
         Cell("mixer-tiny", "onnxruntime", "fp32", "verified", "onnx", 0.0, float("inf")),
         Cell("mamba-tiny", "coreai", "fp16", "refused", reason="no"),
@@ -65,5 +67,6 @@ def test_the_page_of_some_cells():
     text = page(cells)
     assert "| **mamba** (`mamba-tiny`, `mamba-step-tiny`) | verified, 3.5e-07 | not swept | not swept | not swept | refused |" in text
     assert "| **mamba2** (`mamba2-tiny`) | not swept | not swept | not swept | verified, 61.3 dB | not swept |" in text
-    assert "| **mixer** (`mixer-tiny`) | verified, exact |" in text, "a model that is not of the survey"
+    assert "| **moe** (`moe-tiny`, `moe-step-tiny`) | not swept | not swept | not swept | verified, 60.0 dB | not swept |" in text
+    assert "| **mixer** (`mixer-tiny`) | verified, exact |" in text, "a model that is none of the systems"
     assert "| `fsq-tiny` | not swept | not swept | built, exact (onnx) | not swept | not swept |" in text

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import isthmus
-from isthmus.exporter.bundle import StageResult, read_manifest, sha256_of
+from isthmus.exporter.bundle import read_manifest, sha256_of
 from isthmus.exporter.errors import AccuracyError, IntegrityError, MachineError, UsageError
+from isthmus.exporter.manifest import StageResult
 from isthmus.exporter.target import TARGETS, Built
 
 

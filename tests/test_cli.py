@@ -170,12 +170,13 @@ def exported(monkeypatch):
 
 
 def test_every_option_reaches_the_pipeline(run, exported, tmp_path):
-    weights = tmp_path / "w.safetensors"
+    weights, table = tmp_path / "w.safetensors", tmp_path / "table.json"
     weights.touch()
+    table.touch()
     call = "export dit-tiny --target onnxruntime --precision fp16 --opset 23 --batch-size 4 --set depth=3 --set hidden_size=64"
     call += f" --weights {weights} --dynamic x:0=1,2,8 --dynamic t:0=1,2,8 --atol 1e-4 --rtol 1e-3 --min-psnr 60 --seed 7 --force"
     call += f" --calibration-data {tmp_path} --calibration-size 16 --calibration-method mse --calibration-preprocess input=x --sampler loop"
-    call += " --weight-rounding gptq --smooth 0.5"
+    call += f" --weight-rounding gptq --smooth 0.5 --calibration-table {table}"
     result = run(*call.split(), "-o", tmp_path / "out", "--threads", "2", "--format", "json")
     assert result.exit_code == 0, result.stderr
     (arguments,) = exported
@@ -187,9 +188,21 @@ def test_every_option_reaches_the_pipeline(run, exported, tmp_path):
         "settings": {"depth": 3, "hidden_size": 64}, "weights": weights, "atol": 1e-4, "rtol": 1e-3, "min_psnr": 60.0, "seed": 7,
         "force": True, "dry_run": False, "output": tmp_path / "out", "options": {"threads": "2"},
         "calibration_data": str(tmp_path), "calibration_size": 16, "calibration_method": "mse", "calibration_preprocess": "input=x",
-        "weight_rounding": "gptq", "smooth": 0.5, "calibration_table": None,
+        "weight_rounding": "gptq", "smooth": 0.5, "calibration_table": table,
         "sampler": "loop",
     }  # fmt: skip
+
+
+def test_the_calibration_table_is_the_file_that_is_named(run, tmp_path):
+    call = ("export", "dit-tiny", "--target", "onnxruntime", "--precision", "int8", "-o", tmp_path / "out", "--calibration-table")
+    result = run(*call, tmp_path / "none.json")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'none.json'} cannot be read: No such file" in result.stderr
+    (tmp_path / "empty.json").write_text("{}")
+    result = run(*call, tmp_path / "empty.json")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'empty.json'} is no calibration table" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_calibration_on_random_data_is_asked_for_in_that_word(run, exported):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import isthmus
+from isthmus import differences
+from isthmus.calibration.bisect import Form
 from isthmus.differences import errors_by_timestep
 from isthmus.exporter.bundle import read_manifest, write_manifest
 from isthmus.exporter.errors import UsageError
@@ -93,7 +95,7 @@ def test_diff_with_torch_lists_every_module(run, made):
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{made} against torch: dit-tiny, stage onnx, 42 of 42 modules visible, 0 over 1e-05")
-    assert lines[1].split() == ["module", "kind", "injected", "inherited", "total", "SQNR", "dB"]
+    assert lines[1].split() == ["module", "kind", "injected", "inherited", "total", "injected", "SQNR,", "dB"]
     assert [line.split()[0] for line in lines[2:5]] == ["t_embedder.mlp.0", "t_embedder.mlp.1", "t_embedder.mlp.2"]
     assert lines[-1].startswith("the model itself")
     assert len(lines) == 2 + 42
@@ -217,6 +219,32 @@ def test_a_model_that_is_not_registered_has_to_be_named(run, foreign):
     other = run("bisect", bundle, "--model", f"{name}_other:make")
     assert other.exit_code == 2
     assert "the weights are not those that make was exported with" in other.stderr
+
+
+def test_the_modules_of_a_model_that_is_not_registered_come_into_the_report(run, foreign):
+    bundle, name = foreign
+    result = run("report", bundle, "--modules", "--model", f"{name}:make")
+    assert result.exit_code == 0, result.stderr
+    reason = json.loads((bundle / "diff.json").read_text())["no_timesteps"]
+    assert reason == "make draws no pictures with these weights and this batch size, so that there is no trajectory"
+
+
+def test_what_could_not_be_run_is_not_called_good(run, made, monkeypatch):
+    none = Form("plan", "fp32", None, "no GPU here")
+    monkeypatch.setattr(differences, "forms", lambda *_, **__: [none])
+    monkeypatch.setattr(differences, "artifact", lambda *_, **__: none)
+    result = run("bisect", made)
+    assert result.exit_code == 5
+    first, plan = result.stdout.splitlines()
+    assert first.startswith("dit-tiny for onnxruntime in fp32: no stage could be run on this machine")
+    assert plan.split() == ["plan", "not", "run:", "no", "GPU", "here"]
+    value = json.loads(run("bisect", made, "--format", "json").stdout)
+    assert (value["exit_code"], value["culprit"]) == (5, None)
+    result = run("diff", "torch", made)
+    assert result.exit_code == 5
+    first, second = result.stdout.splitlines()
+    assert first.endswith("stage plan, not run: no GPU here")
+    assert second == "nothing is known of its modules: see `isthmus doctor`"
 
 
 def test_the_python_api(foreign):

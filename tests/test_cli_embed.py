@@ -8,7 +8,8 @@ import pytest
 
 import isthmus
 from isthmus.embedding import MARKER
-from isthmus.exporter.bundle import INPUTS, MANIFEST, OUTPUTS, Manifest, StageResult, TensorInfo, WeightsInfo, write_cases, write_manifest
+from isthmus.exporter.bundle import INPUTS, OUTPUTS, write_cases, write_manifest
+from isthmus.exporter.manifest import MANIFEST, Manifest, StageResult, TensorInfo, WeightsInfo
 from isthmus.exporter.target import TARGETS
 
 

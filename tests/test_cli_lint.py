@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo, WeightsInfo, write_cases, write_manifest
+from isthmus.exporter.bundle import write_cases, write_manifest
 from isthmus.exporter.errors import AccuracyError, IntegrityError, MachineError, UsageError
+from isthmus.exporter.manifest import Manifest, StageResult, TensorInfo, WeightsInfo
 from isthmus.exporter.subject import Profile, profiles_of, read_subject
 
 

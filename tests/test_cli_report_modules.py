@@ -34,6 +34,7 @@ def test_the_modules_come_into_the_report(run, bundle):
         (("--weights", "x"), "--weights is for --modules"),
         (("--model", "a:b"), "--model is for --modules"),
         (("--trust",), "--trust is for --modules"),
+        (("--tune", "/nowhere/none.json"), "there is no file /nowhere/none.json\nhint: give the NAME.pareto.json"),
         (("BUNDLE", "--compare", "--modules"), "--compare reads two reports"),
     ],
 )

@@ -116,19 +116,47 @@ def test_the_network_of_the_distance_is_asked_for_before_any_work(run, tmp_path,
     assert "building" not in result.stderr
 
 
-def test_of_the_sets_that_are_given_every_fourth_is_held_out():
+def test_of_the_sets_that_are_given_every_fourth_is_held_out_or_as_many_as_asked_for():
     def sets(count):
         return CalibrationData("given", [{"x": np.array([i])} for i in range(count)])
 
-    def split(data):
-        return [[int(arrays["x"][0]) for arrays in part.sets] for part in _split(None, None, data, seed=0, size=None, held_out=8)]
+    def split(data, held_out=None):
+        return [[int(arrays["x"][0]) for arrays in part.sets] for part in _split(None, None, data, seed=0, size=None, held_out=held_out)]
 
     assert split(sets(9)) == [[0, 1, 2, 4, 5, 6, 8], [3, 7]]
     assert split(sets(2)) == [[0], [1]]
     one = sets(1)
-    assert _split(None, None, one, seed=0, size=None, held_out=8) == (one, one)
+    assert _split(None, None, one, seed=0, size=None, held_out=None) == (one, one)
+    assert split(sets(9), 1) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]
+    assert split(sets(9), 3) == [[0, 1, 3, 4, 6, 7], [2, 5, 8]]
+    for count in range(2, 12):
+        for held_out in range(1, count):
+            kept, held = split(sets(count), held_out)
+            assert len(held) == held_out
+            assert sorted(kept + held) == list(range(count))
+    for count in (1, 4):
+        with pytest.raises(UsageError, match=f"--held-out: got 4, and given gives {count} set") as caught:
+            split(sets(count), 4)
+        assert "give more sets" in caught.value.hint
 
 
+class Chosen(torch.nn.Module):
+    def forward(self, x):
+        return x.argmax(-1), x > 0
+
+
+def test_outputs_of_whole_numbers_have_no_sqnr(tmp_path):
+    with pytest.raises(UsageError, match="are all of other types") as caught:
+        isthmus.tune((Chosen(), (torch.ones(2, 3),)), tmp_path / "r.yaml", precision="int8", min_sqnr=30.0, calibration_data="random")
+    assert {(r.where, r.what) for r in caught.value.reasons} == {
+        ("output_0", "has dtype int64 and shape (2,)"),
+        ("output_1", "has dtype bool and shape (2, 3)"),
+    }
+    assert "before argmax" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.matrix
 def test_a_recipe_that_is_found_exports(run, place, tmp_path):
     output = tmp_path / "recipe.yaml"
     result = run(*TUNE, "-o", output, "--format", "json")
@@ -181,6 +209,7 @@ def test_a_recipe_that_is_found_exports(run, place, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.matrix
 def test_a_killed_search_resumes_to_the_same_recipe(run, place, tmp_path):
     command = [sys.executable, "-m", "isthmus.cli", *TUNE, "--jobs", "2", "-o", tmp_path / "killed.yaml"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(place)])}
@@ -193,6 +222,7 @@ def test_a_killed_search_resumes_to_the_same_recipe(run, place, tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL, errors
     assert not (tmp_path / "killed.yaml").exists()
+    assert (tmp_path / f".killed.yaml.{process.pid}.trials").is_dir(), "the graph and its weights, for the next search to remove"
     whole = journal.read_bytes().count(b"\n")
     with journal.open("ab") as file:
         file.write(b'{"key": "torn')
@@ -203,6 +233,7 @@ def test_a_killed_search_resumes_to_the_same_recipe(run, place, tmp_path):
     assert once.exit_code == 0, once.stderr
     assert json.loads(resumed.stdout)["known"] == whole >= 4
     assert json.loads(once.stdout)["known"] == 0
+    assert not list(tmp_path.glob(".*"))
     assert (tmp_path / "killed.yaml").read_bytes() == (tmp_path / "once.yaml").read_bytes()
     assert (tmp_path / "killed.pareto.json").read_bytes() == (tmp_path / "once.pareto.json").read_bytes()
 

@@ -370,6 +370,14 @@ def test_a_manifest_that_could_not_fail_is_refused(tmp_path: Path) -> None:
             isthmus.verify(tmp_path / "b")
 
 
+def test_wrong_options_of_a_target_are_all_listed(tmp_path):
+    with pytest.raises(UsageError, match="options of onnxruntime cannot be used") as caught:
+        isthmus.export("dit-tiny", "onnxruntime", tmp_path / "out", options={"ssm_op": "none", "depth": 3})
+    assert [reason.where for reason in caught.value.reasons] == ["ssm_op", "depth"]
+    assert "got 'none'" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_arguments_are_checked(tmp_path: Path) -> None:
     pair = two_inputs()
     with pytest.raises(UnknownNameError, match="dit-tinny"):

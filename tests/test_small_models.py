@@ -9,25 +9,31 @@ import pytest
 from training.judge import draw, judge
 
 import isthmus
-from isthmus.exporter.bundle import Manifest, read_manifest
+from isthmus.exporter.bundle import read_manifest
 from isthmus.exporter.errors import UnsupportedError
+from isthmus.exporter.manifest import Manifest
 from isthmus.exporter.ops.plugin import headers
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.target import TARGETS
 from isthmus.models.flow import RectifiedFlowSampler
 
-from .architectures import CELLS, REFUSALS, cell_of, record, refused, stem_of
+from .architectures import CELLS, FIRST, REFUSALS, TINY, cell_of, marks_of, record, refused
 
-TINY = sorted((name for name in MODELS if name.endswith("-tiny")), key=lambda name: (len(name), name))
-FIRST = set({stem_of(name): name for name in reversed(TINY)}.values())
-"""One form of each system, which `make test` sweeps; `make matrix` sweeps the others, and tensorrt, whose graph is tensorrt-rtx's."""
+
+def _is_swept_quickly(name: str, target: str) -> bool:
+    """What `make test` sweeps: one form of each system, where that takes least, and one of each kind of mixer on every target. Tensorrt's
+    graph is tensorrt-rtx's; each engine of that, and each asset of Core AI, is another process or two.
+    """
+    kinds = name in ("dit-tiny", "sana-tiny", "diffussm-tiny")
+    return name in FIRST and (target in ("onnxruntime", "coreml") or (kinds and target != "tensorrt"))
+
 
 SWEPT = [
     pytest.param(
         name,
         target,
         precision,
-        marks=[pytest.mark.xdist_group(name), *(() if name in FIRST and target != "tensorrt" else (pytest.mark.matrix,))],
+        marks=[pytest.mark.xdist_group(name), *marks_of(name, quick=_is_swept_quickly(name, target))],
     )
     for name in TINY
     for target, precision in CELLS
@@ -51,7 +57,7 @@ def _takes_part(name: str, target: str, precision: str) -> bool:
     return not digits or target in ("onnxruntime", "coreai") or precision == "fp8"
 
 
-_DRAWING = {("onnxruntime", "fp32"), ("coreml", "fp16"), ("tensorrt-rtx", "fp8")}
+_DRAWING = {("onnxruntime", "fp32")}
 
 
 def _is_quick(name: str, target: str, precision: str) -> bool:

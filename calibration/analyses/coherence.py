@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,8 +24,9 @@ class Coherence(Analyser):
     and `back`, from the outputs of that call to what they ought to be without it. The default are the rows of a batch in reversed order,
     which no row may notice, and which suits every model with a batch.
 
-    `difference` is the largest |difference| between the outputs of equivalent inputs over their range. It may be what the rounding of the
-    precision leaves (1e-5 in float32, 1e-2 in half precision), however large PyTorch's own is.
+    `difference` is the largest |difference| between the outputs of equivalent inputs over their range; infinite where one of them is no
+    finite number. The artifact's may be as far from PyTorch's own as rounding explains (1e-5 in float32, 1e-2 in half precision): a model
+    whose rows notice each other is one whose artifact's have to as well.
     """
 
     def figures(self, request: Analysis, seen: Seen) -> Mapping[str, Figure]:
@@ -36,5 +38,6 @@ class Coherence(Analyser):
             for name in request.outputs or outputs:
                 a, b = outputs[name].astype(np.float64), again[name].astype(np.float64)
                 spread = max(float(np.ptp(a)), 1e-12) if a.size else 1.0
-                worst = max(worst, float(np.abs(a - b).max(initial=0.0)) / spread)
+                difference = float(np.abs(a - b).max(initial=0.0)) / spread
+                worst = max(worst, difference if math.isfinite(difference) else math.inf)  # max() passes over nan
         return {"difference": Figure(worst, allowance=1e-5 if seen.fine else 1e-2)}

@@ -2,8 +2,10 @@
 (() => {
   const FEWEST = 8; // rows from which on a table can be filtered
 
-  // A column is sorted by its cells' data-value where they have one, as numbers; else by their text. What has no value comes last.
+  // A column is sorted by its cells' data-value where they have one, as numbers; else by their text. What has no value comes last, and so do
+  // rows that say in one cell across columns why they have no figures.
   const keyOf = cell => {
+    if (!cell || cell.colSpan > 1) return null;
     const value = cell.dataset.value;
     if (value === undefined) return cell.textContent.trim();
     return value === "" ? null : Number(value);
@@ -31,7 +33,7 @@
       header.append(button);
       header.setAttribute("aria-sort", "none");
       button.addEventListener("click", () => {
-        const numbers = original.some(row => row.cells[column].dataset.value);
+        const numbers = original.some(row => row.cells[column]?.dataset.value);
         const [first, second] = numbers ? ["descending", "ascending"] : ["ascending", "descending"];
         const now = header.getAttribute("aria-sort");
         sort(column, now === "none" ? first : now === first ? second : "none");

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import onnx_ir as ir
 
 
-def constant_of(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """A new initializer, under the name or, where that is taken, the name with a number."""
-    count = 1
-    unique = name
-    while unique in graph.initializers:
+def unused(name: str, *taken: Container[str]) -> str:
+    """The name or, where that is taken, the name with a number."""
+    count, unique = 1, name
+    while any(unique in names for names in taken):
         count += 1
         unique = f"{name}.{count}"
+    return unique
+
+
+def constant_of(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, *, taken: Container[str] = ()) -> ir.Value:
+    """A new initializer, under the name or, where an initializer has that or it is among those taken, the name with a number."""
+    unique = unused(name, graph.initializers, taken)
     tensor.name = unique
     value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     graph.register_initializer(value)

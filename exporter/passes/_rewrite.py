@@ -64,6 +64,15 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node if is_op(node, *op_types) else None
 
 
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads, and what the nodes in its bodies read."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in ir.traversal.RecursiveGraphIterator(attribute.as_graph()):
+                yield from (value for value in inner.inputs if value is not None)
+
+
 def input_at(node: ir.Node, index: int) -> ir.Value | None:
     """The input at a position, or None when it is absent."""
     return node.inputs[index] if index < len(node.inputs) else None

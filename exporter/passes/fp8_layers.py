@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
 
+from ..errors import UsageError
 from ..patterns import matches
-from ._rewrite import attribute_int, constant_tensor, dims, input_at, is_op
+from ._rewrite import attribute_int, constant_tensor, dims, input_at, is_op, reads
 from .scope import module_of
 
 ALIGNMENT = 16
@@ -79,6 +80,20 @@ class Selection:
         """The names of all activations whose ranges are needed, each once."""
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.observed))
 
+    def matched(self) -> Selection:
+        """This selection, all patterns of which match a module.
+
+        Raises:
+            UsageError: Some match none.
+        """
+        if self.unmatched:
+            modules = sorted({x.module for x in self.layers} | {x.module for x in self.excluded})
+            raise UsageError(
+                f"no module with a matrix product matches {', '.join(self.unmatched)}",
+                hint=f"patterns match module paths, such as {', '.join(modules[:4])}",
+            )
+        return self
+
 
 def select(
     model: ir.Model,
@@ -144,7 +159,7 @@ def _ends(nodes: Sequence[ir.Node], candidates: Collection[ir.Node]) -> tuple[se
     after: set[ir.Node] = set()  # reached from a candidate
     first, last = set(), set()
     for node in nodes:
-        sources = [p for v in _read(node) if (p := v.producer()) is not None]
+        sources = [p for v in reads(node) if (p := v.producer()) is not None]
         if any(p in after or p in candidates for p in sources):
             after.add(node)
         elif node in candidates:
@@ -157,14 +172,6 @@ def _ends(nodes: Sequence[ir.Node], candidates: Collection[ir.Node]) -> tuple[se
         elif node in candidates:
             last.add(node)
     return first, last
-
-
-def _read(node: ir.Node) -> Iterator[ir.Value]:
-    yield from (v for v in node.inputs if v is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in ir.traversal.RecursiveGraphIterator(attribute.as_graph()):
-                yield from (v for v in inner.inputs if v is not None)
 
 
 def _impossible(node: ir.Node, alignment: int) -> str:

@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..errors import Reason, UnsupportedError
 from ..sampling import LATENTS, NOISE, PICTURES, STEP_NOISE, LoopSampler
-from ._rewrite import Array, dims, is_op
+from ._rewrite import Array, dims, is_op, reads
 
 _BODY = "sampling_step"
 _MOVES = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Expand", "Gather")
@@ -368,12 +368,12 @@ def _fixed_nodes(graph: ir.Graph, varying: Collection[ir.Value], inputs: Collect
     fixed: set[ir.Node] = set()
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in graph:
-        reads = set(_reads(node))
-        for value in reads:
+        read = set(reads(node))
+        for value in read:
             readers.setdefault(value, []).append(node)
-        if reads & changes:
+        if read & changes:
             changes.update(node.outputs)
-        elif reads & given:
+        elif read & given:
             given.update(node.outputs)
             fixed.add(node)
     pending = list(fixed)
@@ -404,16 +404,7 @@ def _is_quantised(node: ir.Node) -> bool:
 
 def _producers(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Node]:
     """The nodes of a graph that make what a node reads."""
-    for value in _reads(node):
+    for value in reads(node):
         producer = value.producer()
         if producer is not None and producer.graph is graph:
             yield producer
-
-
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads, and what its bodies read from outside of them."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in ir.traversal.RecursiveGraphIterator(attribute.as_graph()):
-                yield from (value for value in inner.inputs if value is not None)

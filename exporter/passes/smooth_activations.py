@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Reason
+from ._quantized import constant_of, drop_unread, unused
 from ._rewrite import Array, attribute_int, constant_tensor, dims, input_at, ints, is_op, new_node
 from .scope import module_of
 
@@ -89,7 +90,7 @@ class SmoothActivations(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the main graph in place."""
         values = {value.name: value for node in model.graph for value in node.outputs}
-        self._taken = {*model.graph.initializers, *(name for name in values if name is not None)}
+        self._taken = {name for name in values if name is not None}
         for name, peaks in self._peaks.items():
             if (value := values.get(name)) is None:
                 self.skipped.append(Reason("no node makes it", where=name))
@@ -266,11 +267,12 @@ def _apply(graph: ir.Graph, edit: _Edit, taken: set[str]) -> None:
     assert value is not None
     assert value.dtype is not None
     if not edit.constant:
-        factor = _new(graph, f"{value.name}.smoothing", ir.tensor(edit.factor.astype(value.dtype.numpy())), taken)
+        factor = constant_of(graph, f"{value.name}.smoothing", ir.tensor(edit.factor.astype(value.dtype.numpy())), taken=taken)
         node = new_node(edit.node, "Mul", [value, factor])
         made = node.outputs[0]
-        made.name, made.type, made.shape = _unused(f"{value.name}.smoothed", taken), value.type, value.shape
-        node.name = made.name
+        made.name = node.name = unused(f"{value.name}.smoothed", graph.initializers, taken)
+        made.type, made.shape = value.type, value.shape
+        taken.add(made.name)
         graph.insert_before(edit.node, node)
         edit.node.replace_input_with(edit.index, made)
         return
@@ -280,25 +282,5 @@ def _apply(graph: ir.Graph, edit: _Edit, taken: set[str]) -> None:
     tensor = ir.LazyTensor(
         lambda: ir.tensor((source.numpy() * factor_array).astype(dtype.numpy())), dtype=dtype, shape=ir.Shape(shape), cache=False
     )
-    edit.node.replace_input_with(edit.index, _new(graph, f"{value.name}.smoothed", tensor, taken))
-    if not value.uses() and value.is_initializer() and value.name is not None:
-        del graph.initializers[value.name]
-
-
-def _new(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, taken: set[str]) -> ir.Value:
-    name = _unused(name, taken)
-    tensor.name = name
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    """A name that is not taken, and is from now on."""
-    count = 1
-    found = name
-    while found in taken:
-        count += 1
-        found = f"{name}.{count}"
-    taken.add(found)
-    return found
+    edit.node.replace_input_with(edit.index, constant_of(graph, f"{value.name}.smoothed", tensor, taken=taken))
+    drop_unread(graph, value)

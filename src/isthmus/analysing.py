@@ -16,8 +16,8 @@ from isthmus.calibration.report import HTML, render
 from isthmus.calibration.verify import module_runner, to_array
 from isthmus.differences import open_bundle, rebuild
 from isthmus.exporter import bundle as bundles
-from isthmus.exporter.bundle import Manifest
-from isthmus.exporter.errors import AccuracyError, MachineError, Reason, UsageError
+from isthmus.exporter.errors import AccuracyError, IsthmusError, MachineError, Reason, UsageError
+from isthmus.exporter.manifest import Manifest
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.source import Source
 from isthmus.exporter.spec import Analysis, Arrays
@@ -29,6 +29,9 @@ ALL = "all"
 
 ROWS = 256
 """How many rows are drawn by default."""
+
+MAX_BYTES = 4 * 2**30
+"""Of the inputs of all rows, and of the outputs of both sides, which are held at once."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ def analyse(
 
     Raises:
         UnknownNameError: There is no such analysis.
-        UsageError: One does not suit the model, the folder is not a bundle, or its model cannot be rebuilt.
+        UsageError: One does not suit the model, or none does; so many rows do not fit into `MAX_BYTES`; the folder is not a bundle, or
+            its model cannot be rebuilt.
         MachineError: This machine cannot execute the artifact, or lacks a package of an analysis.
         IntegrityError: A file is changed, missing or additional.
+        IsthmusError: PyTorch's own outputs are not finite.
     """
     step = (progress or Silent()).step
     if rows < 1:
@@ -102,7 +107,11 @@ def analyse(
     with native_kernels(False), stage.open() as runner:
         with step("computing with PyTorch and with the artifact"):
             run = module_runner(source.module, source.example, source.spec.outputs if source.spec else None)
-            expected, got = [dict(run(arrays)) for arrays in inputs], [dict(runner.run(arrays)) for arrays in inputs]
+            expected = [first := dict(run(inputs[0]))]
+            _check_bytes(rows, [inputs[0], first, first], len(inputs))
+            expected += [dict(run(arrays)) for arrays in inputs[1:]]
+            _check_finite(expected)
+            got = [dict(runner.run(arrays)) for arrays in inputs]
         sides: list[tuple[list[Arrays], Run, bool]] = [(list(expected), run, True), (list(got), runner.run, fine)]
         for request in requests:
             with step(f"analysing {request.name}"):
@@ -127,6 +136,11 @@ def _requests(names: Sequence[str], source: Source, model: str) -> list[Analysis
             hint=f"what suits it: {', '.join(suited) or 'none'}; a model names its analyses in ModelSpec.analyses",
         )
     chosen = [request for request in known if ALL in names or request.name in names]
+    if not chosen:
+        raise UsageError(
+            f"no analysis suits {model}" if names else "no analysis was asked for",
+            hint="a registered model names its analyses in ModelSpec.analyses; `isthmus list analyses` describes them",
+        )
     packages = {package: request.name for request in chosen for package in ANALYSES[request.name].needs}
     if missing := [Reason(f"{of} needs the package {p}") for p, of in packages.items() if importlib.util.find_spec(p) is None]:
         raise MachineError("packages of the analyses are missing", reasons=missing, hint="pip install 'isthmus[analysis]'")
@@ -155,7 +169,38 @@ def _inputs(source: Source, cases: Mapping[str, Arrays], rows: int, seed: int) -
     found: list[Arrays] = []
     while sum(map(_rows, found)) < rows:
         found.append({name: to_array(tensor) for name, tensor in source.spec.inputs(rng, source.sizes).items()})
+        if len(found) == 1:
+            _check_bytes(rows, found, -(-rows // _rows(found[0])))
     return found
+
+
+def _check_bytes(rows: int, one_call: Sequence[Arrays], calls: int) -> None:
+    """Refuses rows whose inputs and outputs do not fit.
+
+    Raises:
+        UsageError: They do not.
+    """
+    if (needed := calls * _bytes(one_call)) > MAX_BYTES:
+        raise UsageError(
+            f"the inputs and outputs of {rows} rows take {needed / 2**30:.1f} GiB, of {MAX_BYTES / 2**30:.0f} GiB at most",
+            hint=f"--rows {max(1, int(rows * MAX_BYTES / needed))}",
+        )
+
+
+def _bytes(arrays: Sequence[Arrays]) -> int:
+    return sum(array.nbytes for one in arrays for array in one.values())
+
+
+def _check_finite(expected: Sequence[Arrays]) -> None:
+    reasons = [
+        Reason("holds values that are not finite", where=name)
+        for name in expected[0]
+        if any(arrays[name].dtype.kind in "fc" and not np.isfinite(arrays[name]).all() for arrays in expected)
+    ]
+    if reasons:
+        raise IsthmusError(
+            "PyTorch's own outputs are not finite, so there is nothing to compare with", reasons=reasons, hint="check the weights"
+        )
 
 
 def _rows(arrays: Arrays) -> int:

@@ -275,7 +275,7 @@ def _comparing(function: Any) -> Any:
 @common
 def diff(a: str, b: str, memory: int, style: str, **given: Any) -> int:
     """Compares B's artifact with A's, or with PyTorch where A is the word torch, module by module. Ends with 3 when a module of B is over
-    the threshold.
+    the threshold, with 5 when this machine cannot run its artifact.
     """
     for side in (a, b):
         if side != "torch":
@@ -297,7 +297,9 @@ def diff(a: str, b: str, memory: int, style: str, **given: Any) -> int:
 @format_option()
 @common
 def bisect(bundle: Path, memory: int, style: str, **given: Any) -> int:
-    """Says which module of BUNDLE's model first went wrong, and in which stage. Ends with 3 when one did."""
+    """Says which module of BUNDLE's model first went wrong, and in which stage. Ends with 3 when one did, with 5 when this machine can run
+    no stage.
+    """
     _opened(bundle)
     quiet()
     from isthmus import pipeline

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from isthmus.calibration.table import calibration_table
 from isthmus.calibration.verify import module_runner, to_array
 from isthmus.calibration.weights import gptq_weights
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.errors import IsthmusError, Reason, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.destination import write_whole
+from isthmus.exporter.errors import Reason, UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.grids import ACTIVATION_GRIDS, WeightGrid
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import module_of, optimise
@@ -170,7 +170,7 @@ def calibrate(
             seed=seed,
             modules=readers(graph, observed),
         )
-    _write(output, table.json_text())
+    write_whole(output, table.json_text())
     return CalibrateResult(output, table)
 
 
@@ -264,12 +264,15 @@ def calibrates(
             _refuse(of_data, f"{target.name} in {precision} has no use for calibration data", "only --weight-rounding gptq reads it")
         return rounding == "gptq"
     if precision not in target.calibrated:
-        if any(value is not None for value in (*of_data.values(), *of_ranges.values(), rounding)):
-            choose = [*target.calibrated, *target.rounded]
-            raise UsageError(
-                f"{target.name} in {precision} is not calibrated, so calibration data has no use",
-                hint=f"leave it out, or choose --precision {' or '.join(choose)}" if choose else "leave it out",
-            )
+        choose = [*target.calibrated, *target.rounded]
+        why = (
+            f"leave it out, or choose --precision {' or '.join(choose)}" if choose else "leave it out: no precision of this target has one"
+        )
+        _refuse(
+            {**of_data, **of_ranges, "--weight-rounding": rounding},
+            f"{target.name} in {precision} is not calibrated, and has no use for all of these",
+            why,
+        )
         return False
     if not target.opsets:
         why = f"smoothing rewrites the ONNX graph, and {target.name} is lowered from the PyTorch program"
@@ -325,6 +328,13 @@ def read_data(
         tensors = source.spec.inputs(rng, source.sizes) if source.spec else draw_inputs(dict(source.example), rng)
         return {name: to_array(tensor) for name, tensor in tensors.items()}
 
+    # What the outputs are called is not needed here.
+    run = module_runner(source.module, source.example)
+
+    def tried(inputs: Mapping[str, np.ndarray[Any, Any]]) -> object:
+        with native_kernels(False):
+            return run(inputs)
+
     return given_data(
         text,
         example={name: to_array(tensor) for name, tensor in source.example.items()},
@@ -335,6 +345,7 @@ def read_data(
         size=size,
         timestep=_timestep(source),
         preprocess=preprocess,
+        run=tried,
     )
 
 
@@ -355,15 +366,3 @@ def _timestep(source: Source) -> str:
     """The name of the input that holds the timestep; empty where that is not known."""
     sampler = source.spec.sampler if source.spec else None
     return sampler.loop().time if isinstance(sampler, GraphSampler) else ""
-
-
-def _write(path: Path, text: str) -> None:
-    path = path.absolute()
-    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise IsthmusError(f"cannot write {path}: {error.strerror}", hint="give another -o, or free some space") from error

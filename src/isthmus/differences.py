@@ -23,9 +23,9 @@ from isthmus.calibration.trajectory import against_timestep, sampled_calls
 from isthmus.calibration.unquantised import RemoveQuantisation
 from isthmus.calibration.verify import SAMPLES, module_runner
 from isthmus.exporter import bundle as bundles
-from isthmus.exporter.bundle import Manifest
 from isthmus.exporter.errors import IntegrityError, MachineError, Reason, UsageError
 from isthmus.exporter.flow import RunnerValues, Values
+from isthmus.exporter.manifest import Manifest
 from isthmus.exporter.ops import native
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.options import check_settings
@@ -67,7 +67,9 @@ class BisectResult:
 
     @property
     def exit_code(self) -> int:
-        """3 when a module is over the threshold, else 0."""
+        """3 when a module is over the threshold; 5 when this machine could run no stage, so that nothing was judged; else 0."""
+        if not any(stage.rows for stage in self.stages):
+            return 5
         return 3 if self.culprit is not None else 0
 
     def summary(self) -> dict[str, Any]:
@@ -106,7 +108,9 @@ class DiffResult:
 
     @property
     def exit_code(self) -> int:
-        """3 when a module of B is over the threshold, else 0."""
+        """3 when a module of B is over the threshold; 5 when this machine cannot run B's artifact, so that nothing was judged; else 0."""
+        if not self.stage.rows:
+            return 5
         return 3 if self.stage.over else 0
 
     def summary(self) -> dict[str, Any]:
@@ -223,6 +227,7 @@ def errors_by_timestep(
     bundle: Path,
     *,
     count: int = 8,
+    model: str | None = None,
     weights: Path | None = None,
     memory: int = MEMORY,
     trust: bool = False,
@@ -233,6 +238,7 @@ def errors_by_timestep(
     Args:
         bundle: The bundle's folder.
         count: How many of the sampler's calls, evenly spaced.
+        model: `module:callable` of a model that is not registered; it has no sampler, and is refused for that.
         weights: The weights file that the export was given.
         memory: Bytes of values that may be held at a time, beside the weights.
         trust: See `verify`.
@@ -246,7 +252,7 @@ def errors_by_timestep(
     step = (progress or Silent()).step
     opened = open_bundle(bundle, (), trust=trust, step=step)
     with step("building the model"):
-        source = rebuild(opened.manifest, opened.example, model=None, weights=weights)
+        source = rebuild(opened.manifest, opened.example, model=model, weights=weights)
     sampler = sampler_of(source)
     if not isinstance(sampler, GraphSampler):
         raise UsageError(

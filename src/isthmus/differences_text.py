@@ -26,7 +26,8 @@ def print_bisect(result: BisectResult) -> None:
     what = f"{manifest.model} for {manifest.target} in {manifest.precision}"
     if found is None:
         ran = [stage for stage in result.stages if stage.rows]
-        print(f"{what}: no module is over the threshold in any of the stages that were run" if ran else f"{what}: no stage was run")
+        none = "no stage could be run on this machine, so that nothing is known of its modules: see `isthmus doctor`"
+        print(f"{what}: {'no module is over the threshold in any of the stages that were run' if ran else none}")
     else:
         row, stage = found.row, found.stage
         print(f"{what}: {_name(row.module)} ({row.kind}) first went wrong, in stage {stage.name}")
@@ -52,6 +53,9 @@ def print_diff(result: DiffResult) -> None:
     """Every module of the artifact, in order, and which of them is over the threshold."""
     stage, other = result.stage, result.other
     print(f"{result.b} against {result.a}: {result.manifest.model}, stage {stage.name}, {_found(stage)}")
+    if not stage.rows:
+        print("nothing is known of its modules: see `isthmus doctor`")
+        return
     if other is not None:
         theirs = {row.module: row for row in other.rows}
         rows = [
@@ -68,7 +72,7 @@ def print_diff(result: DiffResult) -> None:
         print(f"first over {stage.threshold:g}: {_name(first.module)} ({first.kind}), {_at(first)}: {_nodes(first)}")
 
 
-_HEADER = ("module", "kind", "injected", "inherited", "total", "SQNR dB")
+_HEADER = ("module", "kind", "injected", "inherited", "total", "injected SQNR, dB")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

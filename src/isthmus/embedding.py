@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.exporter import bundle as bundles
-from isthmus.exporter.bundle import Manifest
+from isthmus.exporter.destination import check_destination, writing
 from isthmus.exporter.errors import IsthmusError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.manifest import MANIFEST, Manifest
 from isthmus.exporter.options import check_settings
 from isthmus.exporter.sampling import GraphSampler, LoopSampler
 from isthmus.exporter.spec import MODELS
@@ -75,7 +76,7 @@ def check_embedding(bundle: Path, language: str, output: Path, *, force: bool) -
     here, there = output.resolve(), bundle.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
         raise UsageError(f"the output {output} lies in the bundle {bundle}, or around it", hint="give another -o")
-    bundles.check_destination(output, force=force, marker=MARKER, kind="program that `isthmus embed` wrote")
+    check_destination(output, force=force, marker=MARKER, kind="program that `isthmus embed` wrote")
     return manifest
 
 
@@ -101,7 +102,7 @@ def embed(bundle: Path, language: str, output: Path, *, force: bool = False, pro
     manifest = check_embedding(bundle, language, output, force=force)
     with step("checking the files"):
         bundles.check_integrity(bundle, manifest)
-    with step(f"writing the {language} program"), bundles.writing(output, force=force, marker=MARKER, kind="program") as folder:
+    with step(f"writing the {language} program"), writing(output, force=force, marker=MARKER, kind="program") as folder:
         embedded = TARGETS[manifest.target]().embed(bundle, manifest, language, folder, sampler=_sampler(manifest))
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         origin = {
@@ -110,7 +111,7 @@ def embed(bundle: Path, language: str, output: Path, *, force: bool = False, pro
             "model": manifest.model,
             "target": manifest.target,
             "precision": manifest.precision,
-            "manifest": bundles.sha256_of(bundle / bundles.MANIFEST),
+            "manifest": bundles.sha256_of(bundle / MANIFEST),
             "notes": embedded.notes,
             "files": {name: bundles.sha256_of(folder / name) for name in files},
         }

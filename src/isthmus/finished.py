@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from isthmus.calibration.report import rewrite_report
 from isthmus.calibration.verify import SAMPLE_TOLERANCES, run_stage
 from isthmus.exporter import bundle as bundles
+from isthmus.exporter.destination import rewriting
 from isthmus.exporter.errors import AccuracyError, IntegrityError, UsageError
+from isthmus.exporter.manifest import weakest
 from isthmus.exporter.spec import Tolerance
 from isthmus.exporter.target import TARGETS
 from isthmus.results import BuildResult, Progress, Silent, VerifyResult, json_values, misses, tool_versions
@@ -46,7 +48,7 @@ def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: P
     with step("checking the files"):
         bundles.check_integrity(bundle, manifest, trusted=engines if trust else ())
     inputs, reference = bundles.read_cases(bundle / bundles.INPUTS), bundles.read_cases(bundle / bundles.OUTPUTS)
-    with bundles.rewriting(bundle) as folder:
+    with rewriting(bundle) as folder:
         with step(f"building for {manifest.device}"):
             built = target.build(folder, manifest, required=True, trust=trust)
         assert built is not None
@@ -65,7 +67,7 @@ def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: P
                     changed.append(run_stage(stage, inputs, reference, bounds, sample_tolerance=drawn)[0])
         names = {stage.name for stage in changed}
         stages = (*(s for s in manifest.stages if s.name not in names), *changed)
-        manifest = manifest.model_copy(update={"stages": stages, "verdict": bundles.weakest(stages)})
+        manifest = manifest.model_copy(update={"stages": stages, "verdict": weakest(stages)})
         with step("writing the report"):
             rewrite_report(folder, manifest, notes=built.notes)
             manifest = bundles.write_manifest(folder, manifest)

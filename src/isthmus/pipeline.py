@@ -10,13 +10,8 @@ held at once.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import gc
-import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +51,11 @@ from isthmus.embedding import EmbedResult, embed
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter import ranges
-from isthmus.exporter.bundle import Manifest, Table, TensorInfo
-from isthmus.exporter.errors import AccuracyError, IsthmusError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.destination import check_destination, check_space, writing
+from isthmus.exporter.errors import AccuracyError, IsthmusError, Reason, UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.grids import ACTIVATION_GRIDS, WEIGHT_GRIDS
+from isthmus.exporter.manifest import Manifest, Table, TensorInfo, weakest
+from isthmus.exporter.memory import release, settled
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.passes.sampling_loop import misfits
@@ -66,7 +63,7 @@ from isthmus.exporter.preprocess import parse_preprocess
 from isthmus.exporter.sampling import GraphSampler
 from isthmus.exporter.source import Model, Source, load_source
 from isthmus.exporter.spec import Dynamic, Samples, Tolerance
-from isthmus.exporter.target import TARGETS, Job, Target
+from isthmus.exporter.target import TARGETS, Job, Target, target_options
 from isthmus.exporter.trace import dimension_names, input_shapes, output_shapes, trace
 from isthmus.exporter.weights import nonfinite
 from isthmus.finished import build, inspect, verify
@@ -143,7 +140,7 @@ def export(
         opset: ONNX opset, by default the target's.
         batch_size: A fixed batch size, for registered models; by default theirs is dynamic.
         settings: Settings of a registered model to replace.
-        weights: Weights to load, safetensors.
+        weights: Weights to load: a `.safetensors` file, a folder in the diffusers layout, or a `.pth` (see `exporter.pth`).
         inputs: Example inputs of a module, or `module:callable` that returns them.
         dynamic: Axes that may vary.
         calibration_data: For precisions that are calibrated: an `.npz` or `.safetensors` file, a folder of them or of pictures,
@@ -189,7 +186,7 @@ def export(
         options = {**(options or {}), **said}
     precision = _choose("precision", precision, chosen.precisions)
     sampler = _choose("sampler", sampler, chosen.samplers)
-    resolved = chosen.Options.model_validate(options or {})
+    resolved = target_options(chosen, options or {})
     opset = _choose_opset(chosen, opset)
     chosen.check_machine(resolved)
     check_size(calibration_size)
@@ -204,7 +201,7 @@ def export(
     check_preprocess(calibration_data, preprocess)
     destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
     if not dry_run:
-        bundles.check_destination(destination, force=force)
+        check_destination(destination, force=force)
 
     with step("building the model"):
         source = load_source(
@@ -307,6 +304,8 @@ def export(
             "sampler": sampler,
             **({"weight_rounding": weight_rounding, "smooth": smooth} if calibrated or precision in chosen.rounded else {}),
             **({"calibration_table": ranges.FILE} if given is not None else {}),
+            **({"calibration_size": calibration_size} if calibration_size is not None else {}),
+            **({"calibration_preprocess": calibration_preprocess} if calibration_preprocess is not None else {}),
             **({"recipe": recipe.sha256()} if isinstance(recipe, Recipe) else {}),
             "settings": json_values(settings or {}),
             "dynamic": {f"{name}:{axis}": size for name, axes in source.dynamic.items() for axis, size in axes.items()},
@@ -317,7 +316,7 @@ def export(
         sizes={size: (r.min, r.opt, r.max) for size, r in source.ranges.items()},
         weights=source.weights,
         tolerance={key: value for key, value in dataclasses.asdict(tolerance).items() if value is not None},
-        verdict=bundles.weakest(stages),
+        verdict=weakest(stages),
         stages=tuple(stages),
         versions=tool_versions(),
     )
@@ -328,14 +327,14 @@ def export(
     if dry_run:
         return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
 
-    with bundles.writing(destination, force=force) as folder:
+    with writing(destination, force=force) as folder:
         # Weights in a file of their own are shared by the graphs of the step and the sampler.
         copies = 2 if job.loop and source.weights.bytes <= onnx_files.EXTERNAL_DATA_BYTES else 1
-        _check_space(folder, copies * source.weights.bytes)
+        check_space(folder, copies * source.weights.bytes)
         used: dict[str, object] = {}  # what the manifest says of the calibration
         observed_table: list[Table] = []
         if calibrated:
-            with step("calibrating"), _settled():
+            with step("calibrating"), settled():
                 job, smoothed = smoothed_job(job, observed, data, smooth)
                 notes += smoothed
                 observer = Observer(job.onnx, observed)
@@ -368,18 +367,22 @@ def export(
                 if chosen.opsets:
                     stages.append(plain)
                 elif plain.verdict == "failed":
-                    raise IsthmusError("the graph that is observed does not compute what PyTorch does", hint=plain.reason)
+                    raise IsthmusError("the graph that is observed does not compute what PyTorch does", reasons=[Reason(plain.reason)])
                 del observer
-        with step(f"lowering to {target}"), _settled():
+        with step(f"lowering to {target}"), settled():
             lowered = chosen.lower(job, folder)
             bundles.write_cases(folder / bundles.INPUTS, all_inputs)
             bundles.write_cases(folder / bundles.OUTPUTS, all_outputs)
         weights_bytes = source.weights.bytes
         # Every name that holds the weights, or holds something that does.
         del job, onnx_model, program, run, cases, source, model
-        _release(weights_bytes)
-        details = json_values({**lowered.details, **({"calibration": used} if used else {})})
+        release(weights_bytes)
+        details = json_values(lowered.details)
         manifest = manifest.model_copy(update={"device": lowered.device, "details": details, "opset": details.get("opset", opset)})
+        with step("reading the artifact back"):
+            examined = chosen.examine(folder, manifest, arrays["example"])
+        details = json_values({**details, **examined.details, **({"calibration": used} if used else {})})
+        manifest = manifest.model_copy(update={"details": details})
         with step(f"building for {lowered.device}"):
             built = chosen.build(folder, manifest, required=False)
         if built is not None:  # before the stages, which execute what was built
@@ -406,13 +409,17 @@ def export(
                 drawn = samples or drawn
         if built is not None and built.stage not in stages:
             stages.append(built.stage)
-        manifest = manifest.model_copy(update={"stages": tuple(stages), "verdict": bundles.weakest(stages)})
+        manifest = manifest.model_copy(update={"stages": tuple(stages), "verdict": weakest(stages)})
         with step("writing the report"):
             write_report(
                 folder,
                 manifest,
                 pictures=Pictures(pictures, drawn) if pictures and drawn else None,
-                facts={"notes": [*lowered.notes, *notes], "warnings": warnings, "tables": [*lowered.tables, *observed_table]},
+                facts={
+                    "notes": [*lowered.notes, *examined.notes, *notes],
+                    "warnings": warnings,
+                    "tables": [*lowered.tables, *examined.tables, *observed_table],
+                },
             )
             manifest = bundles.write_manifest(folder, manifest)
     result_ = ExportResult(destination, manifest)
@@ -424,19 +431,6 @@ def export(
             result=result_,
         )
     return result_
-
-
-@contextlib.contextmanager
-def _settled() -> Iterator[None]:
-    """What is there already is not looked through for garbage: over a traced program, one full collection takes a third of a second."""
-    freeze = not gc.get_freeze_count()
-    if freeze:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if freeze:
-            gc.unfreeze()
 
 
 def _name(model: Model) -> str:
@@ -497,20 +491,3 @@ def _tensor_infos(cases: CaseArrays, shapes: Sequence[tuple[int | str, ...]]) ->
             )
         )
     return tuple(infos)
-
-
-def _check_space(folder: Path, weight_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    needed = weight_bytes + 16 * 2**20
-    if free < needed:
-        raise IsthmusError(
-            f"the disk of {folder.parent} has {free / 2**20:.0f} MiB free, and the bundle needs about {needed / 2**20:.0f} MiB",
-            hint="free some space, or give a folder on another disk with -o",
-        )
-
-
-def _release(weight_bytes: int) -> None:
-    """Gives the module's memory back to the system, so that the artifact's weights do not come on top of it."""
-    gc.collect()
-    if weight_bytes > 2**26 and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

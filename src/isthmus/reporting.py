@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from isthmus.calibration.compare import DEFAULT_THRESHOLD, PAGE_MARK, Comparison, compare_bundles, comparison_page
@@ -16,6 +15,7 @@ from isthmus.calibration.tune_report import FILE as TUNE
 from isthmus.calibration.tune_report import read_tune
 from isthmus.differences import bisect, errors_by_timestep
 from isthmus.exporter import bundle as bundles
+from isthmus.exporter.destination import write_whole
 from isthmus.exporter.errors import IsthmusError, MachineError, UsageError
 from isthmus.results import Progress
 
@@ -50,13 +50,15 @@ def report(
         progress: Told of every step.
 
     Raises:
-        UsageError: The folder is not a bundle; with `modules`, its model cannot be rebuilt; with `tune`, the search was not for this model,
-            weights, target and precision (all reasons are listed).
+        UsageError: The folder is not a bundle; with `modules`, its model cannot be rebuilt; with `tune`, there is no such file, or the
+            search was not for this model, weights, target and precision (all reasons are listed).
         IntegrityError: What the page is made from is not what the manifest says.
         IsthmusError: With `modules`, PyTorch or a stage fails.
     """
     manifest = bundles.read_manifest(bundle)
     if tune is not None:
+        if not tune.is_file():
+            raise UsageError(f"--tune: there is no file {tune}", hint="give the NAME.pareto.json that `isthmus tune` wrote")
         searched = read_tune(tune)
         if reasons := searched.misfits(manifest):
             raise UsageError(f"{tune} is not of {bundle}", reasons=reasons, hint="give the search whose recipe the export was given")
@@ -75,7 +77,7 @@ def _modules(bundle: Path, *, model: str | None, weights: Path | None, trust: bo
     found = bisect(bundle, model=model, weights=weights, trust=trust, progress=progress).summary()
     rows, reason = [], ""
     try:
-        rows = errors_by_timestep(bundle, weights=weights, trust=trust, progress=progress)
+        rows = errors_by_timestep(bundle, model=model, weights=weights, trust=trust, progress=progress)
     except (UsageError, MachineError) as error:  # no sampler, say: the modules are known all the same
         reason = error.message
     culprit = found["culprit"]
@@ -112,13 +114,10 @@ def compare_reports(a: Path, b: Path, *, threshold: float = DEFAULT_THRESHOLD, o
 
 def _write_page(path: Path, page: str) -> None:
     path = path.absolute()
-    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}.partial")
     try:
-        if path.is_dir() or (path.is_file() and PAGE_MARK.encode() not in path.read_bytes()[:_MARKED]):
-            raise UsageError(f"the output {path} exists and is not a page of an earlier comparison", hint="give another -o")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, "utf-8")
-        temporary.replace(path)
+        other = path.is_dir() or (path.is_file() and PAGE_MARK.encode() not in path.read_bytes()[:_MARKED])
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise IsthmusError(f"cannot write {path}: {error.strerror}", hint="give another -o, or free some space") from error
+        raise IsthmusError(f"cannot read {path}, which is to be replaced: {error.strerror}", hint="give another -o") from error
+    if other:
+        raise UsageError(f"the output {path} exists and is not a page of an earlier comparison", hint="give another -o")
+    write_whole(path, page)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from isthmus.exporter import bundle as bundles
-from isthmus.exporter.bundle import Manifest, StageResult
 from isthmus.exporter.errors import AccuracyError, Reason
+from isthmus.exporter.manifest import Manifest, StageResult, Verdict, weakest
 
 
 class Progress(Protocol):
@@ -73,9 +72,9 @@ class VerifyResult:
     stages: tuple[StageResult, ...]
 
     @property
-    def verdict(self) -> bundles.Verdict:
+    def verdict(self) -> Verdict:
         """The weakest verdict of the stages that were run now."""
-        return bundles.weakest(self.stages)
+        return weakest(self.stages)
 
     @property
     def exit_code(self) -> int:
@@ -131,7 +130,7 @@ def _summary(manifest: Manifest, stages: tuple[StageResult, ...]) -> dict[str, A
         "target": manifest.target,
         "precision": manifest.precision,
         "device": manifest.device,
-        "verdict": bundles.weakest(stages),
+        "verdict": weakest(stages),
         "stages": [s.model_dump(mode="json", exclude={"metrics": {"__all__": {"histogram"}}}) for s in stages],
         "exit_code": _exit_code(stages),
     }

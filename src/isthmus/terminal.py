@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from isthmus.analysing import AnalysisResult
     from isthmus.calibrating import CalibrateResult
     from isthmus.embedding import EmbedResult
-    from isthmus.exporter.bundle import StageResult
+    from isthmus.exporter.manifest import StageResult
     from isthmus.findings import LintReport
     from isthmus.results import BuildResult, ExportResult, VerifyResult
     from isthmus.tuning import TuneResult

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from isthmus.calibration.executors import executor
 from isthmus.calibration.journal import Journal
 from isthmus.calibration.metrics import compare
 from isthmus.calibration.observe import Observer
-from isthmus.calibration.perceptual import LARGEST, lpips_style, network
+from isthmus.calibration.perceptual import LARGEST, lpips_style, network, normalised_features
 from isthmus.calibration.recipe import Recipe, patterns_of
 from isthmus.calibration.sensitivity import Unit, all_flops, units_of
 from isthmus.calibration.switches import switched
@@ -32,8 +30,10 @@ from isthmus.calibration.table import calibration_table
 from isthmus.calibration.trials import MODEL, Trials, fingerprint, sqnr_db, write_facts
 from isthmus.calibration.tuning import SEARCH_TRIALS, Budget, Found, Tell, Trialing, dominates, front_of, point_value, search
 from isthmus.calibration.verify import module_runner, to_array
+from isthmus.calibration.workplace import workplace
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.errors import IsthmusError, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.destination import write_whole
+from isthmus.exporter.errors import Reason, UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.grids import ACTIVATION_GRIDS, WEIGHT_GRIDS
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
@@ -49,7 +49,7 @@ TARGET: Mapping[str, str] = {"fp8": "tensorrt", "int8": "onnxruntime"}
 """The target that a precision is tuned for, when none is named."""
 
 HELD_OUT = 8
-"""Sets of inputs that trials run on, when `held_out` does not say. No range is taken from them."""
+"""Sets of inputs that trials run on, where they are drawn and `held_out` does not say. No range is taken from them."""
 
 _UNIFORM = ("max", "nearest")
 """The calibrator and the rounding that every search is compared with."""
@@ -147,13 +147,13 @@ def tune(
         weights: See there.
         inputs: See there.
         dynamic: See there.
-        calibration_data: See there. Of sets that are given, every fourth is held out.
+        calibration_data: See there.
         calibration_size: See there.
         calibration_method: See there; by default all are tried with every module quantised, and the one with the highest SQNR is taken.
         calibration_preprocess: See there.
         weight_rounding: See there; by default both are tried.
         smooth: See there; not tried by itself.
-        held_out: Number of sets that are held out, where they are drawn.
+        held_out: Number of sets that are held out; by default `HELD_OUT` where they are drawn, and every fourth of those that are given.
         jobs: Processes that run trials on this machine.
         executor_name: `local` or `ray`.
         address: The address of a Ray cluster.
@@ -195,7 +195,7 @@ def tune(
     if max_lpips is not None:
         network()
 
-    with executor(executor_name, jobs=jobs, address=address) as running, tempfile.TemporaryDirectory(prefix="isthmus-") as temporary:
+    with executor(executor_name, jobs=jobs, address=address) as running, workplace(output) as graphs:
         with step("building the model"):
             source = load_source(
                 model, settings=settings or {}, weights=weights, inputs=inputs, dynamic=dynamic, batch_size=batch_size, seed=seed
@@ -210,8 +210,10 @@ def tune(
             )
         with step("running PyTorch"), native_kernels(False):
             run = module_runner(source.module, source.example, source.spec.outputs if source.spec else None)
-            outputs = tuple(run({name: to_array(tensor) for name, tensor in source.example.items()}))
-            data, held = _split(source, run, given, seed=seed, size=calibration_size, held_out=held_out or HELD_OUT)
+            results = run({name: to_array(tensor) for name, tensor in source.example.items()})
+            outputs = tuple(results)
+            _check_measurable(source.name, results)
+            data, held = _split(source, run, given, seed=seed, size=calibration_size, held_out=held_out)
         with step("translating to ONNX"):
             program = trace(source.module, source.example, dynamic=source.dynamic, ranges=source.ranges)
             names = dimension_names(program, source.dynamic, source.example)
@@ -237,9 +239,10 @@ def tune(
             units = units_of(job.onnx, layers, sizes)
             if not units:
                 raise UnsupportedError(f"no module of {source.name} can compute in {precision}")
-            preparing = _Preparing(Path(temporary), job, source, data, held, chosen.observed(job), layers, units, seed)
+            preparing = _Preparing(graphs, job, source, data, held, chosen.observed(job), layers, units, seed)
         trialing = Trialing(running, Journal(beside(output, "journal.jsonl")), tell)
-        trialing.expected = 1 + 2 * len(methods) + len(units) + SEARCH_TRIALS
+        of_pictures = bool(drawn_bounds) + (max_lpips is not None)  # figures of the pictures of every module alone
+        trialing.expected = 1 + 2 * len(methods) + (1 + of_pictures) * len(units) + SEARCH_TRIALS
         with step("choosing how ranges and weights are found"):
             uniform, setting, best = _choose(preparing, trialing, methods, weight_rounding)
         with step(f"measuring {len(units)} modules"):
@@ -276,6 +279,7 @@ def tune(
         "weights": source.weights.sha256,
         "target": chosen.name,
         "precision": precision,
+        "recipe": recipe.sha256(),
         "budget": {"min_sqnr_db": min_sqnr, "min_psnr_db": min_psnr, "max_lpips_style": max_lpips},
         "calibration": {"method": setting[0], "weight_rounding": setting[1], "smooth": smooth, **data.summary()},
         "held_out": held.summary(),
@@ -286,15 +290,22 @@ def tune(
         "front": [point_value(point, units) for point in front_of(found.points)],
         "points": [point_value(point, units) for point in found.points],
         "modules": [
-            {"module": units[i].module, "flops": units[i].flops, "sqnr_db": sqnr_db(found.noises[i]), "chosen": i in found.best.on}
+            {
+                "module": units[i].module,
+                "flops": units[i].flops,
+                "sqnr_db": found.alone[i].sqnr_db,
+                "psnr_db": found.alone[i].psnr_db,
+                "lpips_style": found.alone[i].lpips_style,
+                "chosen": i in found.best.on,
+            }
             for i in found.order
         ],
     }
     drawn = f", PSNR of the pictures {found.best.psnr_db:.2f} dB" if found.best.psnr_db is not None else ""
     drawn += f", their LPIPS-style distance {found.best.lpips_style:.3g}" if found.best.lpips_style is not None else ""
     sentence = f"{found.best.share:.1%} of the operations of matrix products in {precision}: SQNR {found.best.sqnr_db:.2f} dB{drawn}"
-    _write(beside(output, "pareto.json"), json.dumps(value, indent=2, allow_nan=False) + "\n")
-    _write(output, recipe.text(notes=[f"{source.name} for {chosen.name}, by isthmus tune", sentence, *notes]))
+    write_whole(beside(output, "pareto.json"), json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_whole(output, recipe.text(notes=[f"{source.name} for {chosen.name}, by isthmus tune", sentence, *notes]))
     warnings = [*warnings_of(data), *(["No set of inputs is held out: there is only one."] if held is data else [])]
     return TuneResult(output, recipe, value, tuple(warnings), trialing.done, trialing.known)
 
@@ -350,7 +361,7 @@ class _Preparing:
         switches = [(layer, index) for index, unit in enumerate(self.units) for layer in unit.layers]
         model = switched(job.onnx, switches, table, precision, weights=job.weights, corrections=job.corrections)
         folder = self._folder / f"{method}-{rounding}"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         onnx_files.save(model, folder / MODEL, bytes_of_weights=size)
         write_facts(folder, switches=len(self.units), outputs=job.output_names, sets=self._held.sets)
@@ -393,6 +404,7 @@ class _Pictures:
         self._sampler, self._folder, self._seed = sampler, folder, seed
         self._trials: Trials | None = None
         self._reference: np.ndarray[Any, Any] | None = None
+        self._features: list[list[torch.Tensor]] | None = None
         self._last: tuple[frozenset[int], np.ndarray[Any, Any]] | None = None
 
     def psnr(self, on: frozenset[int]) -> float:
@@ -403,7 +415,10 @@ class _Pictures:
 
     def lpips(self, on: frozenset[int]) -> float:
         """The mean LPIPS-style distance of the pictures with some switches on; the largest that there is for pictures that are broken."""
-        return float(np.nan_to_num(np.mean(lpips_style(*self._pair(on))), nan=LARGEST))
+        reference, candidate = self._pair(on)
+        if self._features is None:
+            self._features = normalised_features(reference)
+        return float(np.nan_to_num(np.mean(lpips_style(reference, candidate, features=self._features)), nan=LARGEST))
 
     def _pair(self, on: frozenset[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """The pictures without quantisation, and with it. The last ones are kept: two measures of one choice draw once."""
@@ -424,31 +439,46 @@ def _with_pictures(found: Found, psnr: float) -> Found:
     return dataclasses.replace(found, best=best, points=tuple(best if p.on == best.on else p for p in found.points))
 
 
+def _check_measurable(name: str, results: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Refuses a model without an output whose error has an energy.
+
+    Raises:
+        UsageError: No output holds floating-point numbers; all are listed.
+    """
+    if any(array.dtype.kind == "f" and array.size for array in results.values()):
+        return
+    raise UsageError(
+        f"a search measures the error of floating-point outputs, and those of {name} are all of other types",
+        reasons=[Reason(f"has dtype {array.dtype} and shape {array.shape}", where=output) for output, array in results.items()],
+        hint="give a module:callable whose module returns what these are made from, such as the scores before argmax",
+    )
+
+
 def _split(
-    source: Source, run: Run, given: CalibrationData | None, *, seed: int, size: int | None, held_out: int
+    source: Source, run: Run, given: CalibrationData | None, *, seed: int, size: int | None, held_out: int | None
 ) -> tuple[CalibrationData, CalibrationData]:
-    """The inputs that ranges are taken from, and those that trials run on: drawn with another seed, or every fourth of those given."""
-    other = (seed + 1) % 2**63
+    """The inputs that ranges are taken from, and those that trials run on: drawn with another seed, or some of those that are given.
+
+    Raises:
+        UsageError: More are to be held out than are given; one has to be left for the ranges.
+    """
+    other, drawn_size = (seed + 1) % 2**63, held_out or HELD_OUT
     if given is None:
-        return draw_data(source, run, seed=seed, size=size), draw_data(source, run, seed=other, size=held_out)
+        return draw_data(source, run, seed=seed, size=size), draw_data(source, run, seed=other, size=drawn_size)
     if given.source == RANDOM:
-        drawn = read_data(source, RANDOM, seed=other, size=held_out)
+        drawn = read_data(source, RANDOM, seed=other, size=drawn_size)
         assert drawn is not None
         return given, drawn
-    if len(given.sets) == 1:
+    count = len(given.sets)
+    if held_out is not None and held_out >= count:
+        raise UsageError(
+            f"--held-out: got {held_out}, and {given.source} gives {count} set{'s' if count > 1 else ''}, one of which ranges need",
+            hint="give more sets, and a --held-out below their number",
+        )
+    if count == 1:
         return given, given
-    held = {*range(3, len(given.sets), 4)} or {len(given.sets) - 1}
+    # Evenly spread, the last one among them: neighbours in a file are often alike.
+    chosen = {(i + 1) * count // held_out - 1 for i in range(held_out)} if held_out is not None else {*range(3, count, 4)}
+    held = chosen or {count - 1}
     kept = [arrays for i, arrays in enumerate(given.sets) if i not in held]
     return dataclasses.replace(given, sets=kept), dataclasses.replace(given, sets=[given.sets[i] for i in sorted(held)])
-
-
-def _write(path: Path, text: str) -> None:
-    path = path.absolute()
-    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise IsthmusError(f"cannot write {path}: {error.strerror}", hint="give another -o, or free some space") from error

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from pydantic import BaseModel
 
-from ...exporter.bundle import Manifest
 from ...exporter.errors import Reason
+from ...exporter.manifest import Manifest
 from ...exporter.runner import Runner
 from ...exporter.target import Capability, Job, Lowered, Stage, Target, register_target
 from .library import INSTALL, check_installed, installed

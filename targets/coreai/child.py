@@ -35,6 +35,8 @@ async def _serve(path: Path, answers: TextIO) -> int:
     from coreai.authoring import AIModelAsset
     from coreai.runtime import NDArray
 
+    from ...exporter.arrays import save_arrays
+
     asset, widened = _widened(AIModelAsset.load(path))
     async with asset.executable() as model:
         function = model.load_function(FUNCTION)
@@ -49,7 +51,7 @@ async def _serve(path: Path, answers: TextIO) -> int:
             try:
                 with np.load(request["inputs"], allow_pickle=False) as data:
                     results = await function({name: NDArray(data[name]) for name in data.files})
-                np.savez(request["outputs"], allow_pickle=False, **{name: results[name].numpy() for name in names})
+                save_arrays(Path(request["outputs"]), {name: results[name].numpy() for name in names})
             except Exception as error:  # as above
                 _answer(answers, {"error": text_of(error)})
             else:

@@ -14,8 +14,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from ...exporter.decisions import exact_calls
+from ...exporter.nodes import module_of, name_of
 from ...exporter.op import DOMAIN, OPS, CustomOp
-from .nodes import module_of, name_of
 
 _LARGEST = torch.finfo(torch.float16).max
 _SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ...exporter.arrays import save_arrays
 from ...exporter.errors import IsthmusError, Reason
 from ...exporter.runner import Runner
 from ...exporter.spec import Arrays
@@ -89,7 +90,7 @@ class CoreAIRunner(Runner):
         # An input that the model never reads is none of the asset's.
         given = {name: np.asarray(inputs[name]).astype(dtype) for name, (dtype, _) in self._inputs.items()}
         asked, result = (Path(self._folder.name) / f"{self._calls}-{what}.npz" for what in ("inputs", "outputs"))
-        np.savez(asked, allow_pickle=False, **given)
+        save_arrays(asked, given)
         try:
             self._send({"inputs": str(asked), "outputs": str(result)})
             self._answer("executing")

@@ -12,11 +12,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ...exporter.errors import IsthmusError, Reason
+from ...exporter.nodes import module_of, name_of
 from ...exporter.ops.coreai_table import PART
 from .half import custom_of
 from .lowerings import converted
 from .lowerings import name_of as overload_of
-from .nodes import module_of, name_of
 from .prepare import prepare
 
 _LOOPS = ("cond", "while_loop")

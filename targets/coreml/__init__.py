@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from ...exporter.bundle import Manifest
 from ...exporter.errors import Reason
+from ...exporter.manifest import Manifest
 from ...exporter.runner import Runner
 from ...exporter.sampling import LoopSampler
-from ...exporter.spec import Tolerance
-from ...exporter.target import Capability, Embedded, Job, Lowered, Stage, Target, register_target
+from ...exporter.spec import Arrays, Tolerance
+from ...exporter.target import Capability, Embedded, Examined, Job, Lowered, Stage, Target, register_target
 from .options import CoreMLOptions
 
 if TYPE_CHECKING:
@@ -96,6 +96,12 @@ class CoreML(Target[CoreMLOptions]):
         from .lower import lower
 
         return lower(job, folder)
+
+    def examine(self, folder: Path, manifest: Manifest, example: Arrays) -> Examined:
+        """See `lower.examine`: of the packages as they are on the disk."""
+        from .lower import examine
+
+        return examine([folder / name for name in _packages(manifest.details)], manifest, example)
 
     def embed(self, folder: Path, manifest: Manifest, language: str, destination: Path, *, sampler: LoopSampler | None = None) -> Embedded:
         """Writes a Swift package; see `swift`."""

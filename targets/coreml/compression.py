@@ -175,14 +175,13 @@ def compress(
                 configs[weight.variable.op.name] = config
                 entry |= {"bits": scheme.bits, "how": note}
             done.append(entry)
-        with contextlib.nullcontext():
-            if scheme.activations:
-                taken = {*configs, *(weight.variable.op.name for weight, _ in codes)}
-                layers = {op for weight in weights if weight.variable.op.name in taken for op in weight.variable.child_ops}
-                done += activations.quantize(program, layers, calibration)
-            for weight, found in codes:
-                _store(weight, found, calibration, blocks=_year(target) >= _year(GROUPS_SINCE))
-            _compress(program, scheme, configs)
+        if scheme.activations:
+            taken = {*configs, *(weight.variable.op.name for weight, _ in codes)}
+            layers = {op for weight in weights if weight.variable.op.name in taken for op in weight.variable.child_ops}
+            done += activations.quantize(program, layers, calibration)
+        for weight, found in codes:
+            _store(weight, found, calibration, blocks=_year(target) >= _year(GROUPS_SINCE))
+        _compress(program, scheme, configs)
         return written(program, model), done
 
 

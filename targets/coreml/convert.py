@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import re
 import traceback
 import weakref
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...exporter.errors import IsthmusError, Reason, UnsupportedError
+from ...exporter.memory import settled
 from ...exporter.op import OPS
 from ...exporter.quiet import quiet
 from . import control_flow
@@ -101,19 +101,17 @@ def converted(
         ready, modules = _ready(decomposed(program) if masks_in_order else guarded(decomposed(program)))
         pipeline = ct.PassPipeline() if passes is None else ct.PassPipeline(list(passes), "chosen")
         pipeline.remove_passes(WRONG_PASSES)
-        # coremltools collects garbage after every conversion, which takes most of a second where torch is loaded: what exists already is
-        # set aside meanwhile.
-        gc.freeze()
         try:
-            model = ct.convert(
-                ready,
-                inputs=_inputs(ready, input_names, shapes),
-                outputs=_outputs(ready, output_names),
-                minimum_deployment_target=getattr(ct.target, deployment_target),
-                skip_model_load=True,
-                compute_precision=compute_precision(precision, frozenset(wide), modules),
-                pass_pipeline=pipeline,
-            )
+            with settled():
+                model = ct.convert(
+                    ready,
+                    inputs=_inputs(ready, input_names, shapes),
+                    outputs=_outputs(ready, output_names),
+                    minimum_deployment_target=getattr(ct.target, deployment_target),
+                    skip_model_load=True,
+                    compute_precision=compute_precision(precision, frozenset(wide), modules),
+                    pass_pipeline=pipeline,
+                )
         except Exception as error:
             # A conversion that fails leaves a temporary folder to the garbage collection of its frames, which warns of it.
             traceback.clear_frames(error.__traceback__)
@@ -123,8 +121,6 @@ def converted(
                 f"coremltools cannot convert this program: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
                 hint="see --log-level debug for its own account; another form of the operation may convert",
             ) from error
-        finally:
-            gc.unfreeze()
         return Converted(model, modules_text(model._mil_program, modules))
 
 

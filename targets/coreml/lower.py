@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...exporter.errors import IsthmusError, Reason
+from ...exporter.manifest import Manifest
+from ...exporter.memory import release
 from ...exporter.passes.half_precision import overflowing
 from ...exporter.passes.layer_values import LayerValues, layer_values
 from ...exporter.quiet import quiet
-from ...exporter.target import Job, Lowered
+from ...exporter.spec import Arrays
+from ...exporter.target import Examined, Job, Lowered
 from . import tables
 from .convert import Converted, converted, decomposed, identifiers, user_inputs
 from .interpreter import Interpreter, Observed, load, observe
@@ -92,29 +95,40 @@ def lower(job: Job[CoreMLOptions], folder: Path) -> Lowered:
         functions.save({name: m.converted.model for name, m in made.items()}, paths[0], default=MAIN, description=description, facts=facts)
     else:
         paths = _save(made[MAIN].converted.model, folder, options.chunk_size * 2**20, description, facts)
-    compressed = made[MAIN].compressed
-    wide, plain = made[MAIN].wide, made[MAIN].plain
-    del made
-    written = _Written.read(paths)
-    ranges = _observed(written, job, kept)
-    share = written.share(ranges)
     return Lowered(
         device=f"Core ML, {options.minimum_deployment_target} and later",
-        notes=tuple(_notes(job, kept, wide, plain, written)),
+        notes=tuple(_notes(options, kept, made[MAIN], paths)),
         details={
-            **written.figures,
             **({"packages": [path.name for path in paths]} if len(paths) > 1 else {}),
             **({"functions": shapes} if shapes else {}),
             **_state_details(kept),
-            **({"compression": compressed} if compressed else {}),
-            "engine": share.value(),
+            **({"compression": made[MAIN].compressed} if made[MAIN].compressed else {}),
         },
-        tables=(
-            *tables.engine(share),
-            *tables.compression(compressed),
-            *tables.head_room(ranges, written.modules, job.precision),
-        ),
+        tables=tuple(tables.compression(made[MAIN].compressed)),
     )
+
+
+def examine(packages: Sequence[Path], manifest: Manifest, example: Arrays) -> Examined:
+    """What packages say themselves, as they are on the disk: operations, bytes, the share on the Neural Engine, and the room of float16.
+
+    Args:
+        packages: The `.mlpackage`s, each fed what those before it computed.
+        manifest: Of the bundle; its details are those of `lower`.
+        example: The inputs at which they are executed.
+
+    Raises:
+        IsthmusError: A package cannot be read.
+    """
+    written = _Written.read(packages)
+    ranges = _observed(written, manifest, example)
+    share = written.share(ranges)
+    notes = []
+    if manifest.precision != "fp32" and (count := written.float32_operations):
+        notes.append(f"{count} operations compute in float32, off the Neural Engine; sines and cosines and their angles always do.")
+    figures, found = written.figures, (*tables.engine(share), *tables.head_room(ranges, written.modules, manifest.precision))
+    del written
+    release(figures["weight_bytes"])  # of the programs, whose objects refer to each other, and which the stages read once more
+    return Examined(notes=tuple(notes), details={**figures, "engine": share.value()}, tables=found)
 
 
 def _at_odds(options: CoreMLOptions, precision: str) -> list[Reason]:
@@ -228,7 +242,7 @@ class _Written:
             return _Written(paths, [load(path) for path in paths], read_modules(metadata))
 
     @property
-    def figures(self) -> dict[str, object]:
+    def figures(self) -> dict[str, Any]:
         """For the manifest."""
         counts = collections.Counter(op.op_type for program in self.programs for op in operations(program) if op.op_type != "const")
         return {
@@ -275,15 +289,9 @@ def operations(program: Any) -> Iterator[Any]:
         yield from operations_in(function)
 
 
-def _observed(written: _Written, job: Job[CoreMLOptions], kept: Sequence[State]) -> dict[str, Observed]:
+def _observed(written: _Written, manifest: Manifest, example: Arrays) -> dict[str, Observed]:
     """The ranges of the values at the example, from states of zero; empty for what the interpreter cannot run, which its stage says."""
-    if job.program.example_inputs is None:
-        return {}
-    example = [value.detach().cpu().numpy() for value in job.program.example_inputs[0]]
-    interface = Interface(inputs=dict(zip(job.input_names, identifiers(job.input_names), strict=True)), outputs={})
-    values, _ = interface.given(dict(zip(job.input_names, example, strict=True)))
-    for state in kept:
-        del values[state.name]
+    values, _ = Interface.of(manifest).given(example)
     found: dict[str, Observed] = {}
     try:
         for program in written.programs:
@@ -316,19 +324,15 @@ def _state_details(kept: Sequence[State]) -> dict[str, object]:
     }
 
 
-def _notes(
-    job: Job[CoreMLOptions], kept: Sequence[State], wide: Sequence[str], plain: Sequence[Reason], written: _Written
-) -> Iterator[str]:
-    if wide:
-        some = ", ".join(path or "the model itself" for path in wide[:4])
-        yield f"{len(wide)} modules leave float16's range and compute in float32: {some}."
-    if plain:
-        yield f"{len(plain)} operations have no form in the layout of the Neural Engine: {'; '.join(map(str, plain[:4]))}."
+def _notes(options: CoreMLOptions, kept: Sequence[State], made: _Made, paths: Sequence[Path]) -> Iterator[str]:
+    if made.wide:
+        some = ", ".join(path or "the model itself" for path in made.wide[:4])
+        yield f"{len(made.wide)} modules leave float16's range and compute in float32: {some}."
+    if made.plain:
+        yield f"{len(made.plain)} operations have no form in the layout of the Neural Engine: {'; '.join(map(str, made.plain[:4]))}."
     if kept:
         yield f"States that Core ML keeps in float16, zero at first: {', '.join(state.name for state in kept)}."
-    if job.precision != "fp32" and (count := written.float32_operations):
-        yield f"{count} operations compute in float32, off the Neural Engine; sines and cosines and their angles always do."
-    if len(written.paths) > 1:
-        yield f"Cut into {len(written.paths)} packages, which run one after the other: {', '.join(p.name for p in written.paths)}."
-    if job.options.shapes == "functions":
+    if len(paths) > 1:
+        yield f"Cut into {len(paths)} packages, which run one after the other: {', '.join(path.name for path in paths)}."
+    if options.shapes == "functions":
         yield "One function for each list of sizes; an application chooses one by its name when it loads the package."

@@ -27,7 +27,7 @@ def compute_precision(precision: str, wide: frozenset[str], modules: tuple[str, 
 
     if precision == "fp32":
         return ct.precision.FLOAT32
-    scans = float16_around().op_selector if precision == "fp16-wide-scans" else lambda operation: True  # noqa: ARG005
+    scans = float16_around().op_selector if precision == "fp16-wide-scans" else lambda operation: True  # noqa: ARG005 - coremltools gives the operation
     angles, choices, decisions = _Leads(_turns, _ELEMENTWISE), _Leads(_picks, _EXACT), _Leads(_decides, _EXACT)
     products = _Leads(lambda operation: operation.op_type in _PRODUCTS and choices(operation, beyond=True), _EXACT)
 

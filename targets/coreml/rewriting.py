@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
+from ...exporter.memory import settled
 from ...exporter.quiet import quiet
 
 
@@ -27,8 +27,7 @@ def written(program: Any, like: Any, *, same_interface: bool = True) -> Any:
 
         specification = like.get_spec()
         program.skip_all_passes = True
-        gc.freeze()  # see convert: coremltools collects garbage after every conversion
-        try:
+        with settled():
             return mil_convert(
                 program,
                 convert_from="milinternal",
@@ -38,5 +37,3 @@ def written(program: Any, like: Any, *, same_interface: bool = True) -> Any:
                 model_description=specification.description if same_interface else None,
                 skip_model_load=True,
             )
-        finally:
-            gc.unfreeze()

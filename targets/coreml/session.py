@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...exporter.bundle import Manifest, TensorInfo
 from ...exporter.errors import IsthmusError, MachineError, UsageError
+from ...exporter.manifest import Manifest, TensorInfo
 from ...exporter.runner import Runner
 from ...exporter.spec import Arrays
 from .chunks import Chain

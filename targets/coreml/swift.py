@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ...exporter.bundle import Manifest, TensorInfo
 from ...exporter.errors import IntegrityError, Reason, UnsupportedError
+from ...exporter.manifest import Manifest, TensorInfo
 from ...exporter.sampling import LoopSampler
 from ...exporter.subject import evaluate
 from ...exporter.target import Embedded

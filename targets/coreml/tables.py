@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...exporter.bundle import Column, Table
+from ...exporter.manifest import Column, Table
 from .interpreter import Observed, peaks
 
 _MOST = 24

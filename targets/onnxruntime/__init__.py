@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field
 
-from ...exporter.bundle import Manifest
 from ...exporter.errors import Reason
+from ...exporter.manifest import Manifest
 from ...exporter.onnx import OPSETS
 from ...exporter.op import DOMAIN
+from ...exporter.precision_options import NarrowOptions
 from ...exporter.runner import Runner
 from ...exporter.sampling import FILE as SAMPLER
 from ...exporter.target import Capability, Job, Lowered, Stage, Target, register_target
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 
 
-class OnnxRuntimeOptions(BaseModel):
+class OnnxRuntimeOptions(NarrowOptions):
     """Options of `--target onnxruntime`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     execution_provider: Literal["cpu", "cuda"] = Field(
         "cpu", description="Where the artifact is verified. cuda that is missing, or that would fall back to the CPU, is an error."
@@ -39,26 +38,18 @@ class OnnxRuntimeOptions(BaseModel):
     int8_exclude: tuple[str, ...] = Field(
         (), description="With --precision int8: patterns of PyTorch module paths that stay in float32, for example 'blocks.0.*'."
     )
-    int4_block: Literal["32", "64", "128"] = Field(
-        "32", description="With --precision int4: neighbouring inputs of a weight that share a scale. Fewer are nearer, more are smaller."
-    )
-    int4_include: tuple[str, ...] = Field(
-        (), description="With --precision int4: patterns of PyTorch module paths whose weights are INT4 against the default."
-    )
-    int4_exclude: tuple[str, ...] = Field(
-        (), description="With --precision int4: patterns of PyTorch module paths whose weights stay in float32."
-    )
     threads: int = Field(0, ge=0, le=1024, description="Threads within an operator; 0 lets ONNX Runtime decide.")
     ssm_op: Literal["onnx27", "plugin", "decomposed"] = Field(
         "plugin",
         description="How scans and linear attention are written: as the standard operators of opset 27, as nodes of our own with a body in "
         "the same file (any ONNX Runtime runs the body, our library runs the node), or as plain operators only.",
     )
-
-    @field_validator("int4_block", mode="before")
-    @classmethod
-    def _text(cls, block: object) -> object:
-        return str(block) if isinstance(block, int) else block
+    experts: Literal["fused", "dense"] = Field(
+        "fused",
+        description="How mixtures of experts are written: as com.microsoft.MoE, which only ONNX Runtime has and in which each expert "
+        "multiplies its own tokens, or as standard operators that send every token through every expert. With --execution-provider cuda "
+        "always the latter.",
+    )
 
 
 @register_target("onnxruntime", summary="ONNX Runtime on any machine: one ONNX file, fp32, fp16, int8 or int4 weights")
@@ -100,9 +91,9 @@ class OnnxRuntime(Target[OnnxRuntimeOptions]):
         Raises:
             UsageError: Patterns of layers are given for another precision.
         """
-        from .support import at_odds, too_old, unsupported, without_standard_operator
+        from .support import too_old, unsupported, without_standard_operator
 
-        at_odds(job)
+        job.options.check_precision(job.precision)
         return [
             *unsupported(job.onnx),
             *(without_standard_operator(job.onnx) if job.options.ssm_op == "onnx27" else []),

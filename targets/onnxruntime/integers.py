@@ -10,8 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...exporter.bundle import Column, Table
-from ...exporter.errors import IsthmusError, UsageError
+from ...exporter.errors import IsthmusError
+from ...exporter.manifest import Column, Table
 from ...exporter.passes.fp8_layers import Excluded, Layer, select
 from ...exporter.passes.quantize_int8 import ACTIVATIONS, QuantizeInt8, choose
 from ...exporter.target import Job
@@ -29,13 +29,7 @@ def selection(job: Job[Any]) -> tuple[tuple[Layer, ...], tuple[Excluded, ...]]:
         UsageError: A pattern of `--int8-include` or `--int8-exclude` matches no module with a matrix product.
     """
     found = select(job.onnx, include=job.options.int8_include, exclude=job.options.int8_exclude)
-    if found.unmatched:
-        modules = sorted({x.module for x in found.layers} | {x.module for x in found.excluded})
-        raise UsageError(
-            f"no module with a matrix product matches {', '.join(found.unmatched)}",
-            hint=f"patterns match module paths, such as {', '.join(modules[:4])}",
-        )
-    return choose(found, job.onnx)
+    return choose(found.matched(), job.onnx)
 
 
 def quantize(job: Job[Any], model: ir.Model) -> tuple[list[str], dict[str, Any], list[Table]]:

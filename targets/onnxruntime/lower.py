@@ -8,13 +8,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...exporter import onnx as onnx_files
-from ...exporter.bundle import Table
+from ...exporter.manifest import Table
 from ...exporter.passes.expand_attention_mask import ExpandAttentionMask
 from ...exporter.passes.half_precision import ToHalf, overflowing
 from ...exporter.passes.name_values import NameValues
 from ...exporter.sampling import write_sampler
 from ...exporter.target import Job, Lowered
 from . import narrow
+from .experts import write_experts
 from .integers import integer_products, quantize
 from .ssm_op import write_ssm_op
 
@@ -43,6 +44,7 @@ def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
         found, facts, tables = narrow.quantize(job, model)
         notes += found
         details |= facts
+    notes += write_experts(model, job.options.experts, job.options.execution_provider)
     notes += write_ssm_op(model, job.options.ssm_op)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     onnx_files.save(model, path, bytes_of_weights=sum(t.nbytes for t in weights))

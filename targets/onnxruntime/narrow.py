@@ -13,8 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...exporter.bundle import Column, Table
-from ...exporter.errors import UsageError
+from ...exporter.manifest import Column, Table
 from ...exporter.passes.fp8_layers import Selection
 from ...exporter.passes.quantize_int4 import QuantizeInt4, choose
 from ...exporter.target import Job
@@ -30,14 +29,7 @@ def selection(job: Job[Any]) -> Selection:
     Raises:
         UsageError: A pattern of `--int4-include` or `--int4-exclude` matches no module with a matrix product.
     """
-    found = choose(job.onnx, int(job.options.int4_block), include=job.options.int4_include, exclude=job.options.int4_exclude)
-    if found.unmatched:
-        modules = sorted({x.module for x in found.layers} | {x.module for x in found.excluded})
-        raise UsageError(
-            f"no module with a matrix product matches {', '.join(found.unmatched)}",
-            hint=f"patterns match module paths, such as {', '.join(modules[:4])}",
-        )
-    return found
+    return choose(job.onnx, int(job.options.int4_block), include=job.options.int4_include, exclude=job.options.int4_exclude).matched()
 
 
 def quantize(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...exporter.errors import Reason, UnsupportedError, UsageError
+from ...exporter.errors import Reason, UnsupportedError
 from ...exporter.ops.onnx_forms import custom_nodes, forms
 from ...exporter.passes import module_of
 from ...exporter.passes._rewrite import dims
@@ -15,7 +15,6 @@ from ...exporter.passes.to_standard_operators import OPSET, standard_body
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ...exporter.target import Job
 
 _DOMAINS = ("", "com.microsoft")
 
@@ -61,19 +60,6 @@ def unsupported(model: ir.Model) -> list[Reason]:
                 what = f"{node.op_type} computes in {value.dtype.name.lower()}, expected float32 before the lowering"
                 reasons[Reason(what, where, "export the module in float32 (module.float()), with float32 inputs")] = None
     return list(reasons)
-
-
-def at_odds(job: Job[Any]) -> None:
-    """Refuses patterns of layers for another precision than that of the job.
-
-    Raises:
-        UsageError: There are some.
-    """
-    for precision in ("int8", "int4"):
-        names = [name for name in type(job.options).model_fields if name.startswith(f"{precision}_") and name.endswith("clude")]
-        if job.precision != precision and any(getattr(job.options, name) for name in names):
-            asked = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-            raise UsageError(f"{asked} are for --precision {precision}, not {job.precision}")
 
 
 def too_old(model: ir.Model) -> list[Reason]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from ...exporter.bundle import Manifest, StageResult, sha256_of
-from ...exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError, UsageError
+from ...exporter.bundle import sha256_of
+from ...exporter.errors import IsthmusError, MachineError, Reason, UnsupportedError
+from ...exporter.manifest import Manifest, StageResult
 from ...exporter.runner import Runner
 from ...exporter.sampling import FILE as SAMPLER
 from ...exporter.sampling import PICTURES, WrittenSampler, write_sampler
@@ -111,11 +112,7 @@ class TensorRTTarget(Target[O]):
         """
         from .support import unsupported
 
-        for precision in ("fp8", "int4"):
-            patterns = (getattr(job.options, f"{precision}_include"), getattr(job.options, f"{precision}_exclude"))
-            if job.precision != precision and any(patterns):
-                raise UsageError(f"--{precision}-include and --{precision}-exclude are for --precision {precision}, not {job.precision}")
-
+        job.options.check_precision(job.precision)
         return unsupported(cast("Job[TensorRTOptions]", job))
 
     def observed(self, job: Job[O]) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...exporter.bundle import Column, Table
 from ...exporter.errors import Reason
+from ...exporter.manifest import Column, Table
 from ...exporter.op import DOMAIN
 from ...exporter.passes import module_of
 from ...exporter.passes._rewrite import attribute_int, is_op

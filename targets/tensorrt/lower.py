@@ -10,8 +10,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ...exporter import onnx as onnx_files
-from ...exporter.bundle import Column, Table
-from ...exporter.errors import IsthmusError, UsageError
+from ...exporter.errors import IsthmusError
+from ...exporter.manifest import Column, Table
 from ...exporter.ops.onnx_forms import add_functions, custom_nodes
 from ...exporter.passes import optimise
 from ...exporter.passes._rewrite import dims
@@ -43,14 +43,7 @@ def selection(job: Job[Any]) -> Selection:
     """
     if job.precision == "int4":
         return narrow.selection(job)
-    found = select(job.onnx, include=job.options.fp8_include, exclude=job.options.fp8_exclude)
-    if found.unmatched:
-        modules = sorted({x.module for x in found.layers} | {x.module for x in found.excluded})
-        raise UsageError(
-            f"no module with a matrix product matches {', '.join(found.unmatched)}",
-            hint=f"patterns match module paths, such as {', '.join(modules[:4])}",
-        )
-    return found
+    return select(job.onnx, include=job.options.fp8_include, exclude=job.options.fp8_exclude).matched()
 
 
 def write_model(job: Job[Any], folder: Path) -> tuple[list[str], dict[str, Any], list[Table]]:

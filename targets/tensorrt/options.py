@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from ...exporter.precision_options import NarrowOptions
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 builds plans for: its enumeration `ComputeCapability`, which has no 9.0."""
@@ -17,10 +19,8 @@ INT4_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 """Those that read INT4 weights: TensorRT-RTX 1.7.1 refuses to build such a graph for 7.5."""
 
 
-class TensorRTOptions(BaseModel):
+class TensorRTOptions(NarrowOptions):
     """What both targets take."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     fp8_include: tuple[str, ...] = Field(
         (), description="With --precision fp8: patterns of PyTorch module paths that compute in FP8 although the default leaves them out."
@@ -28,33 +28,12 @@ class TensorRTOptions(BaseModel):
     fp8_exclude: tuple[str, ...] = Field(
         (), description="With --precision fp8: patterns of PyTorch module paths that stay in half precision, for example 'blocks.0.*'."
     )
-    int4_block: Literal["32", "64", "128"] = Field(
-        "32", description="With --precision int4: neighbouring inputs of a weight that share a scale. Fewer are nearer, more are smaller."
-    )
-    int4_include: tuple[str, ...] = Field(
-        (), description="With --precision int4: patterns of PyTorch module paths whose weights are INT4 against the default."
-    )
-    int4_exclude: tuple[str, ...] = Field(
-        (), description="With --precision int4: patterns of PyTorch module paths whose weights stay in half precision."
-    )
     workspace: int = Field(0, ge=0, le=2**20, description="Memory that the builder's kernels may use beyond tensors, in MiB; 0: no limit.")
     ssm_op: Literal["plugin", "decomposed"] = Field(
         "plugin",
         description="How scans and linear attention are written: as nodes of our own, which our plugin runs, or as plain operators.",
     )
     build_timeout: int = Field(3600, ge=1, le=7 * 86_400, description="After how many seconds a build that does not end is ended.")
-
-    @field_validator("int4_block", mode="before")
-    @classmethod
-    def _text(cls, block: object) -> object:
-        return str(block) if isinstance(block, int) else block
-
-    @field_validator("fp8_include", "fp8_exclude", "int4_include", "int4_exclude")
-    @classmethod
-    def _not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(patterns):
-            raise ValueError("a pattern is empty")
-        return patterns
 
 
 class DatacenterOptions(TensorRTOptions):

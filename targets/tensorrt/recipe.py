@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...exporter.bundle import Manifest
 from ...exporter.errors import IntegrityError, IsthmusError, Reason
+from ...exporter.manifest import Manifest
 from ...exporter.ops.gpu import expressions
 from ...exporter.spec import SizeRange
 

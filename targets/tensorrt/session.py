@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ...exporter.bundle import Manifest, inside, sha256_of
+from ...exporter.bundle import inside, sha256_of
 from ...exporter.errors import IntegrityError, IsthmusError, MachineError, Reason
+from ...exporter.manifest import Manifest
 from ...exporter.op import OPS
 from ...exporter.runner import Runner
 from ...exporter.spec import Arrays

@@ -11,7 +11,7 @@ import numpy as np
 
 from isthmus.calibration.metrics import compare
 from isthmus.calibration.report import Pictures, write_report
-from isthmus.exporter.bundle import Manifest, StageResult, TensorInfo, WeightsInfo
+from isthmus.exporter.manifest import Manifest, StageResult, TensorInfo, WeightsInfo
 from isthmus.exporter.spec import Samples
 
 HOSTILE = "</title><script>document.body.innerHTML='owned'</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
@@ -83,7 +83,7 @@ def written(folder, made=None, *, size=2_500_000, **arguments):
 
 def words(page):
     """The page's text as it is read: no tags, entities resolved, white space single."""
-    body = re.sub(r"(?s)<script>.*?</script>", "", re.split("<body[^>]*>", page)[1])
+    body = re.sub(r"(?s)<script>.*?</script>|<wbr>", "", re.split("<body[^>]*>", page)[1])
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import isthmus
+from isthmus import calibrating
 from isthmus.calibrating import operands
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.errors import UnknownNameError, UnsupportedError, UsageError
@@ -53,6 +55,38 @@ def test_a_table_is_written_and_two_runs_give_the_same_bytes(model, tmp_path):
     other = isthmus.calibrate(model, tmp_path / "c", calibration_data="random", seed=6)
     assert other.table.data.sha256 != a.table.data.sha256
     assert not list(tmp_path.glob(".*"))
+
+
+class Labelled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(11, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.out(x + self.embed(y))
+
+
+def test_a_label_that_the_model_does_not_know_is_found_before_it_is_translated(tmp_path, monkeypatch):
+    labels = {f"{i}/y": np.full(2, label) for i, label in enumerate((0, 3, 99, 10))}
+    np.savez(tmp_path / "data.npz", **labels, **{f"{i}/x": np.ones((2, 16), np.float32) for i in range(4)})
+    monkeypatch.setattr(calibrating, "trace", lambda *_, **__: pytest.fail("it was traced"))
+    model = (Labelled().eval(), (torch.ones(2, 16), torch.zeros(2, dtype=torch.int64)))
+    with pytest.raises(UsageError, match="the model fails on inputs of") as caught:
+        isthmus.calibrate(model, tmp_path / "t", calibration_data=str(tmp_path / "data.npz"))
+    (reason,) = caught.value.reasons
+    assert reason.where == "data.npz, 2"
+    assert "IndexError: index out of range" in reason.what
+    assert "y from 99 to 99" in reason.what
+    assert caught.value.hint
+
+
+def test_the_manifest_holds_what_the_data_was_made_with(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.full((2, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(16, 4)).eval()
+    asked = {"calibration_data": str(tmp_path), "calibration_size": 2, "calibration_preprocess": "mean=0.5,std=0.5"}
+    found = isthmus.export((net, (torch.ones(1, 3, 2, 8),)), "onnxruntime", precision="int8", dry_run=True, **asked)
+    assert {name: found.manifest.options.get(name) for name in asked} == {**asked, "calibration_data": None}
 
 
 def test_data_is_checked_before_anything_runs(model, tmp_path, monkeypatch):

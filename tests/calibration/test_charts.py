@@ -7,7 +7,7 @@ import pytest
 
 from isthmus.calibration.charts import BOTTOM, TOP, Points, error_chart, saturated, spread, stage_chart
 from isthmus.calibration.metrics import compare
-from isthmus.exporter.bundle import StageResult
+from isthmus.exporter.manifest import StageResult
 from isthmus.exporter.ranges import Bins, Bounds
 
 

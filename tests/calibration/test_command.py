@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from isthmus.calibration.command import command_of
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
-from isthmus.exporter.bundle import WeightsInfo
+from isthmus.exporter.manifest import WeightsInfo
 from isthmus.exporter.target import TARGETS
 
 
@@ -52,6 +52,10 @@ def test_defaults_are_left_out():
         ({"details": {"calibration": {"source": "trajectories", "size": 32, "method": "max"}}}, []),
         ({"details": {"calibration": {"source": "random", "size": 4, "method": "mse"}}},
          ["--calibration-method", "mse", "--calibration-data", "random", "--calibration-size", "4"]),
+        ({"details": {"calibration": {"source": "photos", "size": 40}}}, ["--calibration-data", "photos"]),  # all that there are
+        ({"details": {"calibration": {"source": "photos", "size": 32}},
+          "options": {"calibration_size": 32, "calibration_preprocess": "input=x,crop=4"}},
+         ["--calibration-data", "photos", "--calibration-size", "32", "--calibration-preprocess", "input=x,crop=4"]),
     ],
     ids=lambda value: next(iter(value), None) and str(next(iter(value))) if isinstance(value, dict) else "",
 )  # fmt: skip

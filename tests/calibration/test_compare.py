@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.calibration.compare import Figure, compare_bundles, comparison_page
-from isthmus.exporter.bundle import StageResult, WeightsInfo, write_manifest
+from isthmus.exporter.bundle import write_manifest
 from isthmus.exporter.errors import UsageError
+from isthmus.exporter.manifest import StageResult, WeightsInfo
 
 
 def _load(name):

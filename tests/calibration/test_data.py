@@ -75,6 +75,56 @@ def test_every_fault_of_a_file_is_listed(tmp_path):
     }
 
 
+def test_every_fault_has_a_fix_and_none_is_cut_silently(tmp_path):
+    faulty = {f"{i:02}/x": np.full((1, 1, 4, 4), np.inf if i == 0 else 0, np.float64) for i in range(13)}
+    faulty |= {f"{i:02}/{'labels' if i % 2 else 'y_'}": np.array(1 if i == 2 else [1]) for i in range(13)}
+    with pytest.raises(UsageError) as caught:
+        read(write(tmp_path / "bad.npz", **faulty))
+    assert caught.value.hint == "a set of inputs is x (any, 1, 4, 4) float32, y (any) int64"
+    reasons = caught.value.reasons
+    assert all(reason.fix for reason in reasons[:-1])
+    # A set: y is missing, x is of another dtype, and a name is unknown; one is infinite too.
+    assert (len(reasons), reasons[-1].what) == (files.SHOWN + 1, f"and {13 * 3 + 1 - files.SHOWN} more")
+    found = {reason.where: reason for reason in reasons}
+    assert found["bad.npz, 00: y"].fix == "add it, (any) int64"
+    assert found["bad.npz, 00: y_"].fix == "call it y"
+    assert found["bad.npz, 01: labels"].fix == "leave it out"
+    assert {r.what: r.fix for r in reasons if r.where == "bad.npz, 00: x"} == {
+        "has dtype float64, expected float32": "write it with .astype('float32')",
+        "holds NaN or Inf": "leave the set out, or mend what made it",
+    }
+    with pytest.raises(UsageError) as caught:
+        read(write(tmp_path / "row.npz", x=np.ones((1, 4, 4), np.float32), y=np.array(1)))
+    assert {reason.fix for reason in caught.value.reasons} == {"write it with [None], as one row"}
+
+
+def test_what_the_model_cannot_compute_is_found_before_any_work(tmp_path):
+    """Of many sets those are run that tell: the smallest and largest labels, and shapes that are not the example's."""
+    ran = []
+
+    def run(inputs):
+        ran.append(inputs["y"].tolist())
+        if inputs["y"].max() > 10:
+            raise IsthmusError("the PyTorch module failed: IndexError: index out of range in self\nmore")
+
+    def sets(rows, *, large=()):
+        return {f"{i}/{n}": a for i in range(5) for n, a in {**one(rows), "y": np.full(rows, 99 if i in large else i)}.items()}
+
+    read(write(tmp_path / "good.npz", **sets(2)), run=run)
+    assert ran == [[0, 0], [4, 4]]
+    ran.clear()
+    read(write(tmp_path / "rows.npz", **sets(3)), run=run)
+    assert ran == [[0] * 3, [4] * 3]
+    with pytest.raises(UsageError, match="the model fails on inputs of") as caught:
+        read(write(tmp_path / "bad.npz", **sets(2, large=[3])), run=run)
+    (reason,) = caught.value.reasons
+    assert reason.where == "bad.npz, 3"
+    assert reason.what == (
+        "the PyTorch module failed: IndexError: index out of range in self; it was given x (2, 1, 4, 4), y (2,); y from 99 to 99"
+    )
+    assert "labels and indices have to be those that the model knows" in caught.value.hint
+
+
 def test_what_is_not_there_or_not_data_is_refused(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         read(str(tmp_path / "none.npz"))
@@ -267,6 +317,63 @@ def test_other_inputs_lie_beside_a_picture(tmp_path):
     with pytest.raises(UsageError) as caught:
         read(str(tmp_path), preprocess=steps)
     assert [(r.where, r.what) for r in caught.value.reasons] == [("1.png: y", "is missing")]
+
+
+def test_every_fault_of_a_folder_of_pictures_is_listed(tmp_path):
+    example = {**EXAMPLE, "w": np.zeros((2, 2), np.float32), "t": np.zeros((2, 1), np.float32)}
+    row = {"w": np.ones((1, 2), np.float32), "t": np.ones((1, 1), np.float32)}
+    beside = [
+        {**row, "y": np.array(0)},
+        {**row, "y": np.array(1)},  # no rows
+        {**row, "y": np.array([2]), "x": np.ones((1, 1, 4, 4), np.float32)},  # what the picture is for
+        {**row, "y": np.array([3]), "t": np.ones((1, 1)), "s/w": row["w"]},  # another dtype; a named set
+        {"w": row["w"], "y": np.array([4])},
+        {**row, "y": np.array([5])},  # t beside the second alone
+    ]
+    for i, arrays in enumerate(beside):
+        picture(tmp_path / f"{i}.png", pixels(5 if i == 5 else 4, 4, 1))
+        write(tmp_path / f"{i}.npz", **arrays)
+    with pytest.raises(UsageError, match="does not fit the model") as caught:
+        read(str(tmp_path), example=example, dynamic={}, preprocess=parse_preprocess("input=x"))
+    assert [(r.where, r.what) for r in caught.value.reasons] == [
+        ("0.png to 1.png: y", "got 0.png int64 (), 1.png int64 (), expected one row of one shape and dtype from each"),
+        ("2.npz: x", "is given twice: 2.png becomes x too"),
+        ("3.npz: s/w", "is an input of a named set, expected inputs by their names alone beside a picture"),
+        ("2.png to 3.png: t", "got 2.png float32 (1, 1), 3.png float64 (1, 1), expected one row of one shape and dtype from each"),
+        (
+            "4.png to 5.png: x",
+            "got 4.png float32 (1, 1, 4, 4), 5.png float32 (1, 1, 5, 4), expected one row of one shape and dtype from each",
+        ),
+        ("4.png to 5.png: t", "is given beside 5.png, and not beside 4.png"),
+    ]
+    assert all(reason.fix for reason in caught.value.reasons)
+
+
+def test_an_input_without_rows_lies_beside_a_picture(tmp_path):
+    picture(tmp_path / "a.png", pixels(4, 4, 1))
+    write(tmp_path / "a.npz", y=np.array(3))
+    example = {"x": EXAMPLE["x"][:1], "y": np.array(0)}
+    data = read(str(tmp_path), example=example, dynamic={}, preprocess=parse_preprocess("input=x"))
+    assert [(s["y"].shape, int(s["y"])) for s in data.sets] == [((), 3)]
+
+
+def test_pictures_may_not_fill_the_memory(tmp_path, monkeypatch):
+    for i in range(2):
+        picture(tmp_path / f"{i}.png", pixels(4, 6))
+    monkeypatch.setattr(files, "MAX_BYTES", 3 * 4 * 6 * 4 + 1)
+    with pytest.raises(UsageError, match="gives more than 0 GiB of inputs"):
+        read(str(tmp_path), example=COLOUR, dynamic={"x": (0,)}, preprocess=parse_preprocess("input=x"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_of_grey_are_scaled(tmp_path, channels):
+    array = np.array([[0, 255, 256, 1000], [32768, 40000, 65534, 65535]], np.uint16)
+    Image.fromarray(array).save(tmp_path / "deep.png")
+    found = images.read_picture(tmp_path / "deep.png", Preprocess(), channels)
+    np.testing.assert_allclose(found, np.repeat(array[None] / 65535, channels, axis=0), atol=1e-6)
+    assert found.dtype == np.float32
+    cut = images.read_picture(tmp_path / "deep.png", Preprocess(resize=1, crop=(1, 2), mean=(0.5,), std=(0.5,)), channels)
+    assert cut.shape == (channels, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The stages that a program goes through: their values, what quantisation is taken out of, and where an error arose."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -294,3 +296,43 @@ def test_errors_against_the_timestep():
         assert row["total"] == pytest.approx(0.01 / row["timestep"], rel=1e-3)
         assert row["injected"] == row["total"]
         assert row["inherited"] == 0
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["fixed", "depends-on-the-model"])
+def test_the_calls_that_are_chosen_are_what_the_model_saw_then(adaptive):
+    def run(inputs):
+        return {"y": inputs["x"] + 1}
+
+    def sampler(step, rng):
+        x, calls = rng.standard_normal((2, 3)).astype(np.float32), 0
+        while calls < 10 or (adaptive and calls < 17 and float(x.max()) > 8):
+            x[:] = step({"x": x, "t": np.full(2, calls, np.float32)})["y"]  # one buffer for all calls
+            calls += 1
+
+    calls = sampled_calls(sampler, run, seed=0, count=4)
+    assert [int(inputs["t"][0]) for inputs in calls] == ([0, 5, 11, 16] if adaptive else [0, 3, 6, 9])
+    assert [float((inputs["x"] - calls[0]["x"]).mean()) for inputs in calls] == pytest.approx([inputs["t"][0] for inputs in calls])
+
+
+def test_fewer_calls_than_asked_for_are_all_of_them():
+    def sampler(step, rng):
+        for time in range(3):
+            step({"x": np.full(1, time)})
+
+    assert [int(call["x"][0]) for call in sampled_calls(sampler, lambda inputs: inputs, seed=0, count=8)] == [0, 1, 2]
+
+
+def test_only_the_calls_that_are_chosen_are_held():
+    def sampler(step, rng):
+        x = rng.standard_normal(2**18).astype(np.float32)
+        for _ in range(40):
+            x = step({"x": x})["y"]
+
+    tracemalloc.start()
+    try:
+        calls = sampled_calls(sampler, lambda inputs: {"y": inputs["x"] + 1}, seed=0, count=4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(calls) == 4
+    assert peak < 12 * calls[0]["x"].nbytes, "of 40 calls"

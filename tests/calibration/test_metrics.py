@@ -14,7 +14,7 @@ from scipy.spatial.distance import cosine as cosine_distance
 
 from isthmus.calibration import metrics
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES, check, compare, misses
-from isthmus.exporter.bundle import HISTOGRAM_EDGES, OutputMetrics
+from isthmus.exporter.manifest import HISTOGRAM_EDGES, OutputMetrics
 from isthmus.exporter.spec import Tolerance
 
 NUMBERS = ("max_abs", "mean_abs", "range", "max_relative", "relative_l2", "cosine", "sqnr_db", "psnr_db")

@@ -87,7 +87,7 @@ def test_the_module_that_went_wrong_is_named(page):
     assert "Stage device was not run: no GPU here." in text
     assert "Not visible, it was fused: norm." in text
     assert "the whole model" in text
-    assert "MatMul a, Add b, Mul c, and 1 more" in text
+    assert "4 nodes MatMul a, Add b, Mul c, Add d" in text
 
 
 def test_the_charts_hold_every_error(page):

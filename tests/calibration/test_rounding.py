@@ -288,3 +288,46 @@ def test_the_weights_of_a_graph_are_rounded_on_the_inputs_that_they_meet(observe
     observer.observe(CalibrationData("here", sets), tell=gathered.see)
     again, _ = gptq_weights(graph, layers, observer, sets, grid, gathered=gathered)
     assert all(np.array_equal(again[name].codes, found[name].codes) for name in found)
+
+
+def test_one_weight_is_read_at_a_time():
+    """A graph's weights may be tensors that every read computes: of eight at most two are held at once."""
+    alive, most = 0, 0
+
+    class Counted(np.ndarray):
+        def __array_finalize__(self, _obj):
+            self.counted = False
+
+        def __del__(self):
+            nonlocal alive
+            alive -= self.counted
+
+    def made(seed):
+        nonlocal alive, most
+        array = rng(seed).standard_normal((12, 12)).astype(np.float32).view(Counted)
+        array.counted = True
+        alive += 1
+        most = max(most, alive)
+        return array
+
+    class Weight(ir.Tensor):
+        def __init__(self, seed):
+            super().__init__(np.zeros((12, 12), np.float32), name=f"w{seed}")
+            self.seed = seed
+
+        def numpy(self):
+            return made(self.seed)
+
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4, 12]))
+    weights = [ir.Value(name=f"w{i}", shape=ir.Shape([12, 12]), const_value=Weight(i)) for i in range(8)]
+    nodes = [ir.node("MatMul", [x, weight], name=f"n{i}") for i, weight in enumerate(weights)]
+    model = ir.Model(
+        ir.Graph([x], [node.outputs[0] for node in nodes], nodes=nodes, initializers=weights, opset_imports={"": 20}), ir_version=10
+    )
+    layers = [Layer(f"n{i}", "", "weight", ("x",), 1) for i in range(8)]
+    gathered = gathering(model, layers, 1)
+    assert most == 0, "the sizes are known without the numbers"
+    gathered.see(0, "x", rng(9).standard_normal((40, 12)).astype(np.float32))
+    found, _ = gptq_weights(model, layers, None, [], "int8", gathered=gathered)
+    assert len(found) == 8
+    assert most <= 2

@@ -10,8 +10,6 @@ import pytest
 from isthmus.calibration.topology import compare_topology, topology
 from isthmus.exporter.errors import MachineError
 
-pytest.importorskip("gudhi", reason="gudhi is in the extra `analysis`")
-
 
 def circle(rng, count=120, *, centre=(0.0, 0.0), noise=0.02):
     angle = rng.uniform(0, 2 * np.pi, count)

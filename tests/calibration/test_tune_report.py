@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.calibration.charts import BOTTOM, TOP, Scatter, scatter_chart
+from isthmus.calibration.charts import BOTTOM, TOP, Points, scatter_chart
 from isthmus.calibration.tune_report import FILE, read_tune
 from isthmus.exporter.bundle import check_integrity, read_manifest, write_manifest
 from isthmus.exporter.errors import IntegrityError
@@ -20,6 +20,7 @@ def _load(name):
 
 
 samples = _load("report_samples")
+RECIPE = "ab" * 32
 
 
 def found(**changes):
@@ -33,6 +34,7 @@ def found(**changes):
         "chosen": {**points[1], "psnr_db": 41.0, "lpips_style": 0.0213},
         "uniform": {"calibration_method": "max", "weight_rounding": "nearest", "flop_share": 0.97, "sqnr_db": 26.5},
         "front": [points[i] for i in (0, 1, 3)], "points": points,
+        "recipe": RECIPE,
         "modules": [{"module": f"blocks.{i}", "flops": 1000 * i, "sqnr_db": 30.0 + i, "chosen": i > 1} for i in range(4)],
         **changes,
     }  # fmt: skip
@@ -73,6 +75,46 @@ def test_a_search_of_another_model_is_refused(run, bundle, tmp_path):
     assert not (bundle / FILE).exists()
 
 
+@pytest.mark.parametrize(
+    ("used", "wrote", "says"),
+    [
+        (RECIPE, RECIPE, None),
+        (None, RECIPE, "This bundle was exported without the recipe of this search"),
+        ("cd" * 32, RECIPE, "This bundle was not exported with the recipe of this search, but with another one (sha256 cdcdcdcdcdcd…, "),
+        (RECIPE, None, "This search does not say which recipe it wrote"),
+    ],
+    ids=["the-same", "none", "another", "not-known"],
+)
+def test_a_bundle_of_another_recipe_is_marked(run, bundle, tmp_path, used, wrote, says):
+    made = samples.manifest(options={"seed": 0, **({"recipe": used} if used else {})})
+    samples.written(bundle, made)
+    write_manifest(bundle, made)
+    search = tmp_path / "r.pareto.json"
+    value = found()
+    if wrote is None:
+        del value["recipe"]
+    search.write_text(json.dumps(value))
+    assert run("report", bundle, "--tune", search).exit_code == 0
+    page = (bundle / "report.html").read_text()
+    assert "It chose 60 % of the operations" in samples.words(page), "the front is shown all the same"
+    assert ('id="other-recipe"' in page) == (says is not None)
+    assert says is None or says in samples.words(page)
+
+
+def test_what_each_module_alone_leaves_of_the_pictures(bundle, run, tmp_path):
+    search = tmp_path / "r.pareto.json"
+    value = found()
+    modules = [{**m, "psnr_db": 50.0 + i, "lpips_style": 0.01 * (i + 1)} for i, m in enumerate(value["modules"])]
+    search.write_text(json.dumps({**value, "modules": modules}))
+    assert run("report", bundle, "--tune", search).exit_code == 0
+    text = samples.words((bundle / "report.html").read_text()).replace("\u202f", " ")
+    assert "PSNR of pictures alone, dB LPIPS-style alone" in text
+    assert "blocks.3 3 000 33.0 53.0 0.04 yes" in text
+    search.write_text(json.dumps(value))
+    assert run("report", bundle, "--tune", search).exit_code == 0
+    assert "pictures alone" not in (bundle / "report.html").read_text()
+
+
 @pytest.mark.parametrize("content", ["{", "{}", None], ids=["cut", "empty", "missing"])
 def test_what_is_no_search_is_named(tmp_path, content):
     path = tmp_path / "r.pareto.json"
@@ -98,6 +140,6 @@ def test_the_plot_is_linear_in_both(tmp_path):
 
 @pytest.mark.parametrize("values", [(30.0,), (30.0, 30.0), (-5.0, 400.0), (30.0, float("inf")), (float("inf"),), ()])
 def test_every_point_has_a_place(values):
-    chart = scatter_chart("t", [Scatter("a", "total", [(i / 2, y, "") for i, y in enumerate(values)])])
+    chart = scatter_chart("t", [Points("a", "total", [(i / 2, y, "") for i, y in enumerate(values)])])
     assert all(TOP <= mark.y <= BOTTOM for series in chart.series for mark in series.marks)
     assert 2 <= len(chart.lines) <= 9

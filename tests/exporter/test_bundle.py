@@ -12,21 +12,10 @@ import numpy as np
 import pytest
 
 from isthmus.exporter import bundle as bundles
-from isthmus.exporter.bundle import (
-    Manifest,
-    OutputMetrics,
-    StageResult,
-    WeightsInfo,
-    check_destination,
-    check_integrity,
-    read_cases,
-    read_manifest,
-    weakest,
-    write_cases,
-    write_manifest,
-    writing,
-)
+from isthmus.exporter.bundle import check_integrity, read_cases, read_manifest, write_cases, write_manifest
+from isthmus.exporter.destination import check_destination, rewriting, write_whole, writing
 from isthmus.exporter.errors import IntegrityError, IsthmusError, UsageError
+from isthmus.exporter.manifest import Manifest, OutputMetrics, StageResult, WeightsInfo, weakest
 
 
 def _manifest(**changes: object) -> Manifest:
@@ -343,12 +332,12 @@ def test_a_rewritten_bundle_replaces_the_old_one_and_a_failure_leaves_it(tmp_pat
         bundles.write_text(folder / "large", "changed")
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), bundles.rewriting(bundle) as folder:
+    with pytest.raises(RuntimeError, match="stop"), rewriting(bundle) as folder:
         fail(folder)
     assert (bundle / "plugins" / "small").read_text() == "as it was"
     assert (bundle / "large").stat().st_size == 2**21
 
-    with bundles.rewriting(bundle) as folder:
+    with rewriting(bundle) as folder:
         bundles.write_text(folder / "plugins" / "small", "changed")
         (folder / "engine.plan").write_bytes(b"new")
     assert (bundle / "plugins" / "small").read_text() == "changed"
@@ -367,3 +356,22 @@ def test_trusted_files_may_be_others(folder):
     (folder / "model.onnx").unlink()
     with pytest.raises(IntegrityError):
         check_integrity(folder, manifest, trusted=("model.onnx", "library"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "f"
+    write_whole(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
+    write_whole(path, b"\0")
+    with pytest.raises(IsthmusError, match=r"cannot write .*/new/f/g"):
+        write_whole(path / "g", "")
+
+    def replace(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(IsthmusError, match="No space left on device") as error:
+        write_whole(path, "other", hint="free some space")
+    assert error.value.hint == "free some space"
+    assert path.read_bytes() == b"\0"
+    assert list(path.parent.iterdir()) == [path]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import isthmus
 from isthmus.exporter.errors import WeightsError
 from isthmus.exporter.spec import MODELS
+from isthmus.exporter.target import TARGETS
 from isthmus.exporter.weights import load_weights, random_weights
 from isthmus.models.aim import AiMConfig, TokenSampler
 
@@ -164,6 +166,39 @@ def test_the_likeliest_codes_are_those_of_the_prefill(guidance, first_position):
     logits = without + guidance * (with_class - without)
     assert np.array_equal(logits.argmax(-1).numpy(), tokens)
     assert not np.array_equal(tokens[0], tokens[1])
+
+
+@pytest.mark.matrix
+def test_an_artifact_draws_the_codes_of_pytorch(tmp_path):
+    """Greedily with guidance, by steps from the class, and by steps after a prompt that the prefill takes in one piece."""
+    step = livelier(STEP.spec(), seed=4)
+    save_file(step.state_dict(), tmp_path / "weights.safetensors")
+    runners = {}
+    for name in ("aim-tiny", "aim-step-tiny"):
+        result = isthmus.export(name, "onnxruntime", tmp_path / name, precision="fp32", weights=tmp_path / "weights.safetensors")
+        assert result.manifest.verdict == "verified"
+        stage = next(s for s in TARGETS["onnxruntime"]().stages(tmp_path / name, result.manifest) if s.name == "onnx")
+        runners[name] = stage.open()
+    draws = sampler(guidance=2.5, top_k=1, num_tokens=TINY.config.num_tokens)
+    with runners["aim-tiny"] as prefill, runners["aim-step-tiny"] as artifact:
+        expected = draws(run(step), np.random.default_rng(0))
+        assert len(np.unique(expected)) > 8
+        assert np.array_equal(draws(artifact.run, np.random.default_rng(0)), expected)
+
+        prompt = 9  # the class and eight codes
+        y = np.array([3, 7, 10, 10])
+        rows = np.concatenate([expected, expected])
+        tokens = np.concatenate([np.zeros((4, 1), np.int64), rows[:, : prompt - 1]], axis=1)
+        states = {name: np.zeros((4, *shape), np.float32) for name, shape in TINY.config.states.items()}
+        out = prefill.run({"y": y, "tokens": tokens, "positions": np.tile(np.arange(-1, prompt - 1), (4, 1)), **states})
+        logits = out["logits"][:, -1]
+        for i in range(prompt - 1, draws.num_tokens):
+            with_class, without = np.split(logits.astype(np.float64), 2)
+            code = draws.choose(without + draws.guidance * (with_class - without), np.random.default_rng(0))
+            assert np.array_equal(code, expected[:, i])
+            position = np.full(4, i)
+            out = artifact.run({"y": y, "token": np.tile(code, 2), "position": position, **{n: out[f"last_{n}"] for n in states}})
+            logits = out["logits"]
 
 
 def test_drawing_repeats_and_differs_by_seed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -99,6 +100,25 @@ def test_of_equally_trusted_charts_the_first_is_assigned():
         module.prediction[-1].weight[1:] = module.prediction[-1].weight[:1]
         module.prediction[-1].bias[1:] = module.prediction[-1].bias[:1]
     assert module(torch.randn(5, 3))[2].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("form", ["", "decode-", "transition-"])
+def test_the_published_size(form):
+    """The paper gives no count; this is that of the layers of `depth` 3 and width 256, 4 charts of dimension 4 and 64 latent channels."""
+    with torch.device("meta"):
+        module = MODELS[f"chart-autoencoder-{form}mnist"].spec().build()
+
+    def of(*sizes):
+        return sum((given + 1) * out for given, out in itertools.pairwise(sizes))
+
+    parts = {
+        "encoder": of(784, 256, 256, 256, 64),
+        "chart_encoders": 4 * of(64, 256, 4),
+        "chart_decoders": 4 * of(4, 256, 256, 256, 784),
+        "prediction": of(64, 256, 4),
+    }
+    assert {name: sum(p.numel() for p in part.parameters()) for name, part in module.named_children()} == parts
+    assert sum(parts.values()) == 1_774_740
 
 
 @pytest.mark.parametrize("settings", [{"num_charts": 0}, {"chart_size": 0}, {"form": "encode"}])

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from isthmus.exporter.spec import MODELS
-from isthmus.exporter.weights import random_weights
+from isthmus.exporter.weights import load_weights, random_weights
 from isthmus.models.consistency import ConsistencyConfig
+
+from .adm_formulas import Authors
 
 
 def rng(seed=0):
@@ -54,6 +57,33 @@ def test_the_loop_is_calls_of_f_with_noise_between():
         x = once(x + np.sqrt(0.821**2 - 0.002**2) * noise[:, 1], torch.full((2,), 0.821), y)
         got = module(noise, y)
     assert torch.allclose(got, x, atol=1e-6 * x.abs().max().item())
+
+
+def test_the_authors_weights(tmp_path):
+    """The scaled network alone, on their names; see also the comparison with diffusers in `tests/parity/test_consistency.py`."""
+    spec = MODELS["consistency-tiny"].spec()
+    theirs = Authors(MODELS["consistency-tiny"].config)
+    state = theirs.state(0)
+    save_file(state, tmp_path / "theirs.safetensors")
+    with torch.device("meta"):
+        ours = spec.build()
+    assert load_weights(ours, tmp_path / "theirs.safetensors", spec.layouts).layout == "openai/consistency_models"
+    inputs = spec.inputs(rng(1), {"batch": 3})
+    x, sigma = inputs["x"].double(), inputs["sigma"].double()
+    scaled = x / torch.sqrt(sigma**2 + 0.25)[:, None, None, None]
+    expected = theirs.forward(state, scaled, inputs["y"], 250 * torch.log(sigma))
+    with torch.no_grad():
+        got = ours.unet(scaled.float(), 250 * torch.log(inputs["sigma"]), inputs["y"])
+    # The sinusoids are computed in float32 by design, at angles up to 1100.
+    assert (got - expected).abs().max() <= 2e-5 * np.ptp(expected.numpy())
+
+
+@pytest.mark.parametrize("name", ["consistency-imagenet64", "consistency-sampler-imagenet64"])
+def test_the_published_size(name):
+    """As many parameters as the authors' network."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in MODELS[name].spec().build().parameters())
+    assert count == sum(int(np.prod(shape)) for shape in Authors(MODELS[name].config).shapes.values()) == 295_899_267
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
-"""Consistency trajectory models against their formulas in float64; the U-Net is that of `models/consistency.py`, with its own parity."""
+"""Consistency trajectory models against their formulas in float64, and the network against the authors', written from their code."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from isthmus.exporter.spec import MODELS
-from isthmus.exporter.weights import random_weights
+from isthmus.exporter.weights import load_weights, random_weights
 from isthmus.models.ctm import CTMConfig
+
+from .adm_formulas import Authors
 
 TINY = MODELS["ctm-tiny"]
 
@@ -15,11 +20,19 @@ def rng(seed=0):
     return np.random.Generator(np.random.PCG64(seed))
 
 
-def network(module, x, t, s, y):
-    """F in float64, on the inputs that the paper scales."""
-    wide = module.unet.double()
-    with torch.no_grad():
-        return wide(x / torch.sqrt(t**2 + 0.25)[:, None, None, None], 250 * torch.log(t), y, 250 * torch.log(s)).numpy()
+def loaded(settings, tmp_path, seed=0):
+    """Both modes and the authors' network, with equal weights in the authors' layout."""
+    config = dataclasses.replace(TINY.config, **settings)
+    theirs = Authors(config, further=True)
+    state = theirs.state(seed)
+    save_file(state, tmp_path / "theirs.safetensors")
+    ours = []
+    for name in ("ctm-tiny", "ctm-score-tiny"):
+        spec = MODELS[name].spec(settings)
+        with torch.device("meta"):
+            ours.append(spec.build())
+        assert load_weights(ours[-1], tmp_path / "theirs.safetensors", spec.layouts).layout == "sony/ctm"
+    return *ours, lambda *inputs: theirs.forward(state, *inputs)
 
 
 @pytest.fixture
@@ -29,21 +42,20 @@ def drawn():
     return module, spec.inputs(rng(1), {"batch": 3})
 
 
-def test_both_modes_in_float64(drawn, monkeypatch):
-    module, inputs = drawn
-    score = MODELS["ctm-score-tiny"].spec().build()
-    score.load_state_dict(module.state_dict(), strict=True)
+@pytest.mark.parametrize("settings", [{}, {"widths": (16, 16, 32), "attention": (True, False, True), "layers": 2}])
+def test_both_modes_are_the_authors_in_float64(settings, tmp_path):
+    module, score, network = loaded(settings, tmp_path)
+    inputs = TINY.spec(settings).inputs(rng(1), {"batch": 3})
     with torch.no_grad():
         got = module(**inputs).double().numpy()
         small = {**inputs, "t": torch.tensor([0.3, 0.7, 1.9])}
         got_score = score(small["x"], small["t"], small["y"]).double().numpy()
-    # The sinusoids are computed in float32 by design; the network is in float64 here.
-    monkeypatch.setattr("isthmus.models.consistency.timestep_embedding", _sinusoids)
     x, t, s, y = (inputs[name].double() if inputs[name].is_floating_point() else inputs[name] for name in ("x", "t", "s", "y"))
 
     def denoised(t, s):
         skip, out = (v.numpy()[:, None, None, None] for v in (0.25 / (t**2 + 0.25), 0.5 * t / torch.sqrt(t**2 + 0.25)))
-        return skip * x.numpy() + out * network(module, x, t, s, y)
+        inner = network(x / torch.sqrt(t**2 + 0.25)[:, None, None, None], y, 250 * torch.log(t), 250 * torch.log(s))
+        return skip * x.numpy() + out * inner.numpy()
 
     share = (s / t).numpy()[:, None, None, None]
     expected = share * x.numpy() + (1 - share) * denoised(t, s)
@@ -53,10 +65,14 @@ def test_both_modes_in_float64(drawn, monkeypatch):
     assert np.abs(got_score - expected).max() <= 2e-5 * np.ptp(expected)
 
 
-def _sinusoids(t, dim):
-    """In the precision of t, for angles of some thousands."""
-    angles = t.double()[:, None] * 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+@pytest.mark.parametrize("name", ["ctm-imagenet64", "ctm-score-imagenet64"])
+def test_the_published_size(name):
+    """The authors' network has 324.1 M parameters, 27.5 M of them the projections of s."""
+    shapes = Authors(MODELS[name].config, further=True).shapes
+    with torch.device("meta"):
+        count = sum(p.numel() for p in MODELS[name].spec().build().parameters())
+    assert count == sum(int(np.prod(shape)) for shape in shapes.values()) == 324_100_611
+    assert sum(int(np.prod(shape)) for key, shape in shapes.items() if "emb_layers_s" in key) == 27_462_528
 
 
 def test_going_nowhere_is_the_identity(drawn):

@@ -125,15 +125,17 @@ def test_forward_is_the_formula(name, settings):
 
 
 def test_published_size():
-    """673 M parameters with S4D mixers; Mamba cores have somewhat fewer weights than these."""
+    """The paper has 673 M parameters, with S4D mixers; this count is that with Mamba cores, of which it gives none."""
     with torch.device("meta"):
         module = MODELS["diffussm-xl"].spec().build()
     config = MODELS["diffussm-xl"].config
-    assert abs(sum(p.numel() for p in module.parameters()) / 673e6 - 1) < 0.05
+    assert sum(p.numel() for p in module.parameters()) == 648_258_640
     assert (config.input_size, config.in_channels, config.hidden_size, config.depth, config.hourglass) == (32, 4, 1152, 29, 2)
     block = module.blocks[0]
     dense = sum(layer.weight.numel() for layer in (block.w0, block.up, *block.down, block.w1, block.w2, block.w3))
     assert dense == (9 + 2 * config.hourglass) * config.hidden_size**2
+    # By channel of each core: convolution 4 + 1, to delta (rank 72), B and C (16 each), from delta 72 + 1, A 16 and D 1.
+    assert sum(p.numel() for p in block.mixer.parameters()) == 2 * 2304 * (5 + 104 + 73 + 17)
 
 
 def test_digits_weights_are_small():

@@ -63,13 +63,18 @@ def exact(q, k, v):
     return weights @ v / weights.sum(-1, keepdims=True)
 
 
-@pytest.mark.matrix
-def test_the_smaller_error_of_the_paper():
+@pytest.mark.parametrize(
+    ("shape", "times", "alone"),
+    [
+        pytest.param((1, 2, 2048, 256), 2.6, 0.5, marks=pytest.mark.matrix),
+        pytest.param((1, 32, 512, 64), 1.5, 0.7, marks=pytest.mark.matrix),
+    ],
+)
+def test_the_smaller_error_of_the_paper(shape, times, alone):
     """Table 3 of the paper: on N(0, 1) with outliers of N(0, 100) in one of a thousand, FP8 per tensor has an RMSE of 2.4e-2, and
-    FlashAttention-3 of 9.1e-3, 2.6 times less.
+    FlashAttention-3 of 9.1e-3, 2.6 times less. Smaller heads and fewer tokens gain less. `alone`: what the rotation by itself leaves of it.
     """
-    shape = (1, 2, 2048, 256)
-    rotation = hadamard(256, seed=0)
+    rotation = hadamard(shape[-1], seed=0)
     generator = rng(1)
     q, k, v = (
         generator.standard_normal(shape) + 10 * generator.standard_normal(shape) * (generator.random(shape) < 1e-3) for _ in range(3)
@@ -82,9 +87,9 @@ def test_the_smaller_error_of_the_paper():
         return math.sqrt(((got - expected) ** 2).mean())
 
     per_tensor, ours = rmse(0, None), rmse(128, rotation)
-    assert per_tensor / ours >= 2.6
+    assert times <= per_tensor / ours < times + 0.2
     assert rmse(128, None) > 0.8 * per_tensor, "blocks alone do little here"
-    assert rmse(0, rotation) < 0.5 * per_tensor, "the rotation alone does most of it"
+    assert rmse(0, rotation) < alone * per_tensor, "the rotation alone does most of it"
 
 
 def test_causal_rows_see_nothing_later():
@@ -106,6 +111,16 @@ def test_the_block_is_near_softmax_attention():
         expected, got = sequence(x), module(x)
     error = (got - expected).norm() / expected.norm()
     assert 1e-3 < error < 0.1, "three bits of mantissa are some 3 %"
+
+
+def test_the_published_size():
+    """The benchmark of FlashAttention-3: hidden size 2048, which is 16 heads of 128; four projections of it without biases."""
+    config = MODELS["fp8-attention-2048"].config
+    assert (config.hidden_size, config.num_heads, config.head_dim) == (2048, 16, 128)
+    assert (config.block_size, config.incoherent, config.causal) == (128, True, False)
+    with torch.device("meta"):
+        module = MODELS["fp8-attention-2048"].spec().build()
+    assert sum(p.numel() for p in module.parameters()) == 4 * 2048**2
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"head_dim": 48}, "power of two"), ({"block_size": -1}, "at least 0")])

@@ -89,6 +89,21 @@ def test_example_latents_hold_steps():
         assert np.isin(z[..., channel], np.array(steps(count), np.float32)).any()
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("8x6x5", 240), ("8x5x5x5", 1000), ("7x5x5x5x5", 4375), ("8x8x8x6x5", 15360), ("8x8x8x5x5x5", 64000)]
+)
+def test_the_published_sizes(name, size):
+    """The levels that the paper recommends in place of 2^8, 2^10, 2^12, 2^14 and 2^16 codes; there is nothing to learn."""
+    levels = tuple(int(level) for level in name.split("x"))
+    for entry in (MODELS[key] for key in (f"fsq-{name}", f"fsq-decode-{name}") if key in MODELS):
+        assert entry.config.levels == levels
+        assert not list(entry.spec().build().parameters())
+    encoder = MODELS[f"fsq-{name}"].spec().build()
+    with torch.no_grad():
+        lowest, highest = (encoder(torch.full((1, 1, len(levels)), z))[1].item() for z in (-100.0, 100.0))
+    assert (lowest, highest) == (0, size - 1)
+
+
 def test_extremes():
     codes, indices = FSQEncoder(FSQConfig((8, 5)))(torch.tensor([[[-np.inf, -1e30], [np.inf, 1e30]]]))
     assert codes[0].tolist() == [[-1.0, -1.0], [0.75, 1.0]]

@@ -125,6 +125,7 @@ def test_published_size():
     """As many layers as the paper names, on 30 pictures of 32x32, with (q, p) of 4x4."""
     with torch.device("meta"):
         module = MODELS["hamiltonian-generative-32"].spec().build()
+    assert sum(p.numel() for p in module.parameters()) == 776_804  # ours: the paper gives none
     assert len(module.encoder.layers) + 1 == 8
     assert (module.encoder.layers[0].in_channels, module.encoder.mean.out_channels) == (90, 48)
     assert (len(module.hamiltonian.layers), len(module.decoder.blocks), module.hamiltonian.shape) == (6, 3, (1, 64, 4, 4))

@@ -71,9 +71,28 @@ def test_published_size(name, billions):
     assert [isinstance(layer.mixer, JambaMamba) for layer in module.layers] == [i % 8 != 4 for i in range(config.depth)]
 
 
+def test_the_published_context():
+    """256 K tokens (arXiv:2408.12570), to which an artifact's sequences may grow; the examples stay short."""
+    for name, spec in ((name, MODELS[name].spec()) for name in MODELS if name.startswith("jamba")):
+        size, last = ("past", 1) if "step" in name else ("length", 0)
+        longest = 4096 if name.endswith("tiny") else 256 * 1024
+        assert spec.ranges[size].max == longest - last
+        assert spec.sizes[size] <= spec.ranges[size].opt <= 16
+        assert MODELS[name].spec({"context": 4}).ranges[size].max == 4 - last
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"depth": 1}, {"attn_offset": 3}, {"expert_offset": 2}, {"num_heads": 3}, {"conv_size": 1}, {"vocab_size": 0}, {"attn_period": 1}],
+    [
+        {"context": 1},
+        {"depth": 1},
+        {"attn_offset": 3},
+        {"expert_offset": 2},
+        {"num_heads": 3},
+        {"conv_size": 1},
+        {"vocab_size": 0},
+        {"attn_period": 1},
+    ],
 )
 def test_contradicting_settings(settings):
     with pytest.raises(ValueError, match=r"must .*got"):

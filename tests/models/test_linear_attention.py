@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,7 @@ def test_published_sizes():
             module = MODELS[f"linear-attention-{name}"].spec().build()
         layer = 4 * (256 * 256 + 256) + 2 * 256 * 1024 + 1024 + 256 + 4 * 256
         assert sum(p.numel() for p in module.parameters()) == depth * layer + 2 * 256
+        assert MODELS[f"linear-attention-step-{name}"].config == dataclasses.replace(module.config, form="step")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import isthmus
 from isthmus.exporter.spec import MODELS
+from isthmus.exporter.target import TARGETS
 from isthmus.exporter.weights import random_weights
 from isthmus.models.paged_attention import PagedAttentionConfig
 
@@ -91,6 +93,38 @@ def test_a_stream_is_the_sequence_of_softmax_attention():
             assert (y[0] - expected[step]).abs().max() <= 1e-5 * (expected.max() - expected.min())
 
 
+@pytest.mark.matrix
+def test_pages_of_2048_tokens_through_onnxruntime(tmp_path):
+    """The published page size, with pasts that end before, at and after the boundary of a page, at once and against the oracle."""
+    size, lengths = 2048, np.array([0, 2047, 2048, 2049, 4095])
+    result = isthmus.export("paged-attention-tiny", "onnxruntime", tmp_path / "out", precision="fp32", settings={"page_size": size}, seed=2)
+    assert result.manifest.verdict == "verified"
+    stage = next(s for s in TARGETS["onnxruntime"]().stages(tmp_path / "out", result.manifest) if s.name == "onnx")
+    module = random_weights(TINY.spec({"page_size": size}), seed=2)
+    w = {name: value.double().numpy() for name, value in module.state_dict().items()}
+    generator = rng(4)
+    d, heads, kv, count = CONFIG.head_dim, CONFIG.num_heads, CONFIG.num_kv_heads, len(lengths)
+    table = generator.permutation(2 * count).reshape(count, 2)
+    pools = {name: generator.standard_normal((2 * count, size, kv, d), dtype=np.float32) for name in ("key_pages", "value_pages")}
+    x = generator.standard_normal((count, CONFIG.hidden_size), dtype=np.float32)
+    with stage.open() as runner:
+        got = runner.run({"x": x, "block_table": table, "lengths": lengths, **pools})
+    for i, length in enumerate(lengths):
+        q = rotated((w["q_proj.weight"] @ x[i]).reshape(heads, d), length)
+        key, value = (w[f"{name}_proj.weight"] @ x[i] for name in "kv")
+        key, value = rotated(key.reshape(kv, d), length), value.reshape(kv, d)
+        keys, values = (pools[f"{name}_pages"][table[i]].reshape(2 * size, kv, d)[:length].astype(np.float64) for name in ("key", "value"))
+        keys, values = np.concatenate([keys, key[None]]), np.concatenate([values, value[None]])
+        scores = np.stack([keys[:, head // (heads // kv)] @ q[head] for head in range(heads)]) / math.sqrt(d)
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        mixed = np.concatenate([p[head] @ values[:, head // (heads // kv)] for head in range(heads)])
+        expected = {"y": w["o_proj.weight"] @ mixed, "key": key, "value": value}
+        for name, array in expected.items():
+            assert np.abs(got[name][i] - array).max() <= 1e-5 * np.ptp(array), (name, length)
+        assert got["slot"][i] == table[i][length // size] * size + length % size
+
+
 def test_what_lies_beyond_the_length_has_no_effect():
     spec = TINY.spec()
     module = random_weights(spec, seed=0)
@@ -107,6 +141,15 @@ def test_what_lies_beyond_the_length_has_no_effect():
         y = module(**inputs)[0]
         value = module.v_proj(inputs["x"]).unflatten(-1, (2, 16)).repeat_interleave(2, 1).flatten(1)
         assert torch.allclose(y, module.o_proj(value), atol=1e-6), "a first token sees itself"
+
+
+def test_the_published_size():
+    """One layer of Llama 3 8B (arXiv:2407.21783): width 4096, 32 heads of queries, 8 of keys and values, without biases."""
+    config = MODELS["paged-attention-llama3-8b"].config
+    assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.rope_base) == (4096, 32, 8, 500_000)
+    with torch.device("meta"):
+        module = MODELS["paged-attention-llama3-8b"].spec().build()
+    assert sum(p.numel() for p in module.parameters()) == 2 * 4096 * 4096 + 2 * 4096 * 1024 == 41_943_040
 
 
 @pytest.mark.parametrize(

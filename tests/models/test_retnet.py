@@ -154,38 +154,39 @@ def test_contradicting_settings(settings, message):
 
 @pytest.mark.matrix
 def test_a_million_tokens_in_constant_memory(tmp_path):
-    """Through the recurrent export, one token in ten, and the chunkwise one, which hand the state to each other.
+    """Each is a call of the recurrent export; 20,000 also go through the chunkwise one, from the state before them.
 
     What is right at sampled places says the float64 recurrence, which begins 3000 tokens earlier from nothing, at absolute positions: the
     slowest head has forgotten what lies before that (63/64 to the 1500th for each of two layers is 6e-11).
     """
-    total, chunk, steps, window = 1_000_000, 1000, 10_000, 3000
-    sessions, settings = {}, onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = 1
+    total, every, window = 1_000_000, 50_000, 3000
+    chunks = range(500_000, 520_000, 1000)
+    small = {"vocab_size": 16, "hidden_size": 16, "ffn_size": 16}
+    sessions, options = {}, onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     for form in ("chunkwise", "recurrent"):
-        result = isthmus.export(f"retnet-{form}-tiny", "onnxruntime", tmp_path / form, precision="fp32", seed=5)
+        result = isthmus.export(f"retnet-{form}-tiny", "onnxruntime", tmp_path / form, precision="fp32", seed=5, settings=small)
         assert result.manifest.verdict == "verified"
-        sessions[form] = onnxruntime.InferenceSession(str(tmp_path / form / "model.onnx"), settings, providers=["CPUExecutionProvider"])
-    module = random_weights(RECURRENT.spec(), 5)
+        sessions[form] = onnxruntime.InferenceSession(str(tmp_path / form / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    module = random_weights(RECURRENT.spec(small), 5)
     tokens = np.random.Generator(np.random.PCG64(6)).integers(0, module.config.vocab_size, total)
-    state, place, sizes, kept = nothing(module.config, 1).numpy(), 0, {}, {}
-    process = psutil.Process()
-    while place < total:
-        by_token = place % 100_000 < steps or place >= total - steps
-        if by_token:
-            logits, state = sessions["recurrent"].run(None, {"tokens": tokens[place : place + 1], "state": state})
-            place += 1
-        else:
-            logits, state = sessions["chunkwise"].run(None, {"tokens": tokens[None, place : place + chunk], "state": state})
-            place += chunk
-        assert np.isfinite(logits).all()
-        if place % 100_000 in (50_000, steps) or place == total:
-            kept[place] = logits.reshape(-1, logits.shape[-1])[-1]
-            sizes[place] = process.memory_info().rss
-    assert max(sizes.values()) - sizes[50_000] < 8 * 2**20
-    assert np.isfinite(state).all()
-    for end in (50_000, 500_000 + steps, total):
-        begin = max(0, end - window)
-        expected, states = retnet_fp64(module.config, numbers(module), tokens[begin:end], begin)
-        assert np.abs(kept[end] - expected[-1]).max() <= 1e-5 * np.ptp(expected[-1])
-    assert np.abs(state[0] - states).max() <= 1e-5 * np.ptp(states)
+    state, sizes, kept = nothing(module.config, 1).numpy(), [], {}
+    process, step = psutil.Process(), sessions["recurrent"].run
+    for place in range(total):
+        logits, state = step(None, {"tokens": tokens[place : place + 1], "state": state})
+        if (place + 1) % every == 0 or place + 1 in (chunks.start, chunks.stop):
+            kept[place + 1] = logits[0], state
+            sizes.append(process.memory_info().rss)
+            assert np.isfinite(state).all()  # a state that was not would never become so again
+    assert len(sizes) == total // every + 1
+    assert max(sizes) - sizes[0] < 4 * 2**20
+    for end in (every, 700_000, total):
+        begin = end - window
+        logits, states = retnet_fp64(module.config, numbers(module), tokens[begin:end], begin)
+        assert np.abs(kept[end][0] - logits[-1]).max() <= 1e-5 * np.ptp(logits[-1])
+        assert np.abs(kept[end][1][0] - states).max() <= 1e-5 * np.ptp(states)
+    state = kept[chunks.start][1]
+    for place in chunks:
+        logits, state = sessions["chunkwise"].run(None, {"tokens": tokens[None, place : place + chunks.step], "state": state})
+    for got, expected in zip((logits[0, -1], state), kept[chunks.stop], strict=True):
+        assert np.abs(got - expected).max() <= 1e-5 * np.ptp(expected)

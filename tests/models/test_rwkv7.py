@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,7 @@ def test_published_sizes(name, ranks):
     assert sum(p.numel() for p in module.parameters()) == expected
     rounded = {"0.1b": 0.191, "0.4b": 0.451, "1.5b": 1.527, "2.9b": 2.948}[name]
     assert abs(expected / 1e9 - rounded) < 6e-4
+    assert MODELS[f"rwkv7-step-{name}"].config == dataclasses.replace(module.config, form="step")
 
 
 @pytest.mark.parametrize("unused", [False, True])

@@ -7,17 +7,33 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.export import Dim, export
 
+from isthmus.exporter.errors import WeightsError
 from isthmus.exporter.spec import MODELS
-from isthmus.exporter.weights import random_weights
-from isthmus.models.sana import DIGIT_NAMES, LinearAttention, MixFFN, spell
+from isthmus.exporter.weights import load_weights, random_weights
+from isthmus.models.sana import DIGIT_NAMES, LinearAttention, MixFFN, PositionEmbedding, spell
 
 TINY = MODELS["sana-tiny"]
 
 
 def draw(spec, seed=0, **sizes):
     return spec.inputs(np.random.Generator(np.random.PCG64(seed)), {**spec.sizes, **sizes})
+
+
+def positions_fp64(config, height, width):
+    """What is added to each token of a picture, (tokens, D): the definition, token by token; zeros without a position embedding."""
+    rows, columns, quarter = height // config.patch_size, width // config.patch_size, config.hidden_size // 4
+    out = np.zeros((rows * columns, config.hidden_size))
+    if config.position_scale:
+        base = config.sample_size // config.patch_size
+        frequencies = [10000.0 ** (-i / quarter) for i in range(quarter)]
+        for row in range(rows):
+            for column in range(columns):
+                places = column / (columns / base) / config.position_scale, row / (rows / base) / config.position_scale
+                out[row * columns + column] = [f(p * w) for p in places for f in (np.sin, np.cos) for w in frequencies]
+    return out
 
 
 def weights_of(module):
@@ -89,7 +105,15 @@ def test_mix_ffn():
     np.testing.assert_allclose(module(x, 4, 3).numpy(), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("sana-600m", 591_747_872), ("sana-1.6b", 1_604_462_752)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sana-600m", 591_747_872),
+        ("sana-1.6b", 1_604_462_752),
+        ("sana-1.6b-2k", 1_604_462_752),
+        ("sana-1.6b-4k", 1_604_462_752),
+    ],
+)
 def test_published_sizes(name, parameters):
     """The numbers of diffusers 0.42.1's SanaTransformer2DModel with the published configurations."""
     with torch.device("meta"):
@@ -131,6 +155,26 @@ def test_masked_tokens_are_as_if_absent():
     torch.testing.assert_close(module(**without), module(**shorter), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (12, 6), (2, 4)])
+def test_the_position_embedding(height, width):
+    config = dataclasses.replace(TINY.config, patch_size=2, position_scale=2.0)
+    got = PositionEmbedding(config).half()(height // 2, width // 2)  # has nothing that could lose bits
+    np.testing.assert_allclose(got.numpy(), positions_fp64(config, height, width), rtol=0, atol=1e-6)
+
+
+def test_the_positions_are_added_to_the_tokens():
+    """A model whose patches are embedded to zeros sees the positions alone."""
+    spec = TINY.spec({"position_scale": 1.0})
+    module, inputs = random_weights(spec, seed=2), draw(spec, batch=1)
+    seen = []
+    module.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    torch.nn.init.zeros_(module.x_embedder.proj.weight)
+    torch.nn.init.zeros_(module.x_embedder.proj.bias)
+    module(**inputs)
+    expected = positions_fp64(dataclasses.replace(TINY.config, position_scale=1.0), 8, 8)
+    np.testing.assert_allclose(seen[0][0].numpy(), expected, rtol=0, atol=1e-6)
+
+
 def test_no_position_embedding():
     """Seen through the parts without convolution: attention and cross-attention permute with their tokens."""
     module = random_weights(TINY.spec(), seed=3)
@@ -140,7 +184,15 @@ def test_no_position_embedding():
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("name", "settings"), [("sana-tiny", {}), ("sana-digits", {}), ("sana-tiny", {"patch_size": 2})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sana-tiny", {}),
+        ("sana-digits", {}),
+        ("sana-tiny", {"patch_size": 2}),
+        ("sana-tiny", {"position_scale": 2.0}),
+    ],
+)
 def test_torch_export_with_free_sizes(name, settings):
     spec = MODELS[name].spec(settings)
     module = random_weights(spec, seed=3)
@@ -149,16 +201,121 @@ def test_torch_export_with_free_sizes(name, settings):
     program = export(module, (), kwargs=draw(spec), dynamic_shapes=shapes)
     smallest = {size: r.min for size, r in spec.ranges.items()}
     largest = {size: r.max for size, r in spec.ranges.items()}
-    free = {"batch", "length"} if settings else {"batch", "length", "height", "width"}
+    patched = "patch_size" in settings
+    free = {"batch", "length"} if patched else {"batch", "length", "height", "width"}
     assert set(spec.ranges) == free
-    for sizes in (smallest, largest | {"batch": 2}, smallest | {"batch": 3} | ({} if settings else {"height": 6, "width": 11})):
+    for sizes in (smallest, largest | {"batch": 2}, smallest | {"batch": 3} | ({} if patched else {"height": 6, "width": 11})):
         inputs = draw(spec, 1, **sizes)
         expected = module(**inputs)
         assert expected.shape == inputs["x"].shape
         torch.testing.assert_close(program.module()(**inputs), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"patch_size": 3}, {"head_dim": 5}, {"num_cross_heads": 3}, {"depth": 0}])
+CONVERTED = """
+    x_embedder.proj.weight x_embedder.proj.bias y_embedder.y_proj.fc1.weight y_embedder.y_proj.fc1.bias y_embedder.y_proj.fc2.weight
+    y_embedder.y_proj.fc2.bias t_embedder.mlp.0.weight t_embedder.mlp.0.bias t_embedder.mlp.2.weight t_embedder.mlp.2.bias t_block.1.weight
+    t_block.1.bias attention_y_norm.weight final_layer.linear.weight final_layer.linear.bias final_layer.scale_shift_table
+""".split()
+CONVERTED_IN_A_BLOCK = """
+    scale_shift_table attn.qkv.weight attn.proj.weight attn.proj.bias mlp.inverted_conv.conv.weight mlp.inverted_conv.conv.bias
+    mlp.depth_conv.conv.weight mlp.depth_conv.conv.bias mlp.point_conv.conv.weight cross_attn.q_linear.weight cross_attn.q_linear.bias
+    cross_attn.kv_linear.weight cross_attn.kv_linear.bias cross_attn.proj.weight cross_attn.proj.bias
+""".split()
+DROPPED = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", "logvar_linear.bias")
+"""The keys that diffusers' scripts/convert_sana_to_diffusers.py reads for SanaMS models, for each block, and drops."""
+
+
+def authors_file(state, config):
+    """Our state dict under the authors' names, with what else their checkpoints hold."""
+    names = {"y_embedder.0.": "y_embedder.y_proj.fc1.", "y_embedder.2.": "y_embedder.y_proj.fc2."}
+    names |= {f".mlp.{conv}_conv.": f".mlp.{conv}_conv.conv." for conv in ("inverted", "depth", "point")}
+    theirs = {}
+    for key, value in state.items():
+        name = key
+        for ours, their in names.items():
+            name = name.replace(ours, their)
+        theirs[name] = value.clone()
+    unused = {
+        "y_embedder.y_embedding": torch.randn(config.caption_length, config.caption_channels),
+        "pos_embed": torch.from_numpy(positions_fp64(config, config.sample_size, config.sample_size)).float()[None],
+        "logvar_linear.weight": torch.randn(1, config.hidden_size),
+        "logvar_linear.bias": torch.randn(1),
+    }
+    return theirs | unused
+
+
+def load(spec, tensors, tmp_path):
+    save_file(tensors, tmp_path / "sana.safetensors")
+    module = spec.build()
+    return module, load_weights(module, tmp_path / "sana.safetensors", spec.layouts)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("sana-tiny", {}), ("sana-tiny", {"position_scale": 2.0}), ("sana-digits", {"position_scale": 0.5})]
+)
+def test_the_authors_layout(name, settings, tmp_path):
+    spec, config = MODELS[name].spec(settings), dataclasses.replace(MODELS[name].config, **settings)
+    ours = random_weights(spec, seed=4)
+    tensors = authors_file(ours.state_dict(), config)
+    assert set(tensors) == {*CONVERTED, *DROPPED, *(f"blocks.{i}.{key}" for i in range(config.depth) for key in CONVERTED_IN_A_BLOCK)}
+    loaded, info = load(spec, tensors, tmp_path)
+    assert info.layout == "NVlabs/Sana"
+    inputs = draw(spec)
+    assert torch.equal(loaded(**inputs), ours(**inputs))
+
+
+def test_the_authors_layout_without_what_is_dropped(tmp_path):
+    spec, config = TINY.spec(), TINY.config
+    tensors = authors_file(random_weights(spec, seed=4).state_dict(), config)
+    assert load(spec, {key: value for key, value in tensors.items() if key not in DROPPED}, tmp_path)[1].layout == "NVlabs/Sana"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "match"),
+    [
+        ("pos_embed", (1, 64, 32), "SANA's 2K and 4K models have one, those for 512 and 1024 px have none"),
+        ("blocks.0.attn.q_norm.weight", (32,), "SANA-1.5 or SANA-Sprint"),
+        ("blocks.1.cross_attn.k_norm.weight", (32,), "SANA-1.5 or SANA-Sprint"),
+        ("cfg_embedder.mlp.0.weight", (32, 256), "SANA-1.5 or SANA-Sprint"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(key, shape, match, tmp_path):
+    spec = TINY.spec()
+    tensors = authors_file(random_weights(spec, seed=4).state_dict(), TINY.config)
+    with pytest.raises(WeightsError, match=match) as caught:
+        load(spec, tensors | {key: torch.ones(shape)}, tmp_path)
+    assert [reason.where for reason in caught.value.reasons] == [key]
+
+
+@pytest.mark.parametrize("theirs", [{}, {"position_scale": 1.0}, {"position_scale": 2.0, "sample_size": 4}])
+def test_the_position_embedding_of_another_model_is_refused(theirs, tmp_path):
+    config = dataclasses.replace(TINY.config, **theirs)
+    tensors = authors_file(random_weights(TINY.spec(theirs), seed=4).state_dict(), config)
+    with pytest.raises(WeightsError, match="position embedding is not the model's") as caught:
+        load(TINY.spec({"position_scale": 2.0}), tensors, tmp_path)
+    assert "sana-1.6b-4k" in caught.value.hint
+
+
+def test_half_of_the_authors_positions_is_near_enough(tmp_path):
+    """The 2K and 4K models are published in bfloat16."""
+    spec, config = TINY.spec({"position_scale": 2.0}), dataclasses.replace(TINY.config, position_scale=2.0)
+    tensors = authors_file(random_weights(spec, seed=4).state_dict(), config)
+    assert load(spec, {key: value.bfloat16() for key, value in tensors.items()}, tmp_path)[1].dtypes == ("BF16",)
+
+
+def test_an_incomplete_file_in_the_authors_layout_is_refused(tmp_path):
+    spec = TINY.spec()
+    tensors = authors_file(random_weights(spec, seed=4).state_dict(), TINY.config)
+    del tensors["blocks.1.mlp.depth_conv.conv.bias"]
+    tensors["surplus.weight"] = torch.ones(2)
+    with pytest.raises(WeightsError) as caught:
+        load(spec, tensors, tmp_path)
+    text = str(caught.value)
+    assert "blocks.1.mlp.depth_conv.bias" in text
+    assert "surplus.weight" in text
+
+
+@pytest.mark.parametrize("settings", [{"patch_size": 3}, {"head_dim": 5}, {"num_cross_heads": 3}, {"depth": 0}, {"position_scale": -1.0}])
 def test_contradicting_settings(settings):
     with pytest.raises(ValueError, match="must be"):
         dataclasses.replace(TINY.config, **settings)

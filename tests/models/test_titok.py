@@ -14,7 +14,7 @@ from torch import nn
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.weights import random_weights
 
-SMALL_LEGACY = {"legacy": True, "vqgan_channels": 8, "vqgan_mult": (1, 2, 2), "vqgan_z": 6, "vqgan_codes": 10}
+FORMS = ("", "-legacy")
 
 
 def draw(spec, seed=0, **sizes):
@@ -105,10 +105,10 @@ def vqgan(config, state, x):
     return conv(norm(x, "pixel_decoder.norm_out"), "pixel_decoder.conv_out")
 
 
-@pytest.mark.parametrize("settings", [{}, SMALL_LEGACY])
-def test_encode(settings):
-    spec = MODELS["titok-encode-tiny"].spec(settings)
-    config = dataclasses.replace(MODELS["titok-encode-tiny"].config, **settings)
+@pytest.mark.parametrize("form", FORMS)
+def test_encode(form):
+    entry = MODELS[f"titok-encode{form}-tiny"]
+    spec, config = entry.spec(), entry.config
     module = random_weights(spec, seed=1)
     state = {key: value.double() for key, value in module.state_dict().items()}
     x = draw(spec, batch=4)["x"]
@@ -129,10 +129,10 @@ def test_an_image_of_one_colour_gets_the_least_count():
     assert gradients.tolist() == [[0, 0]]
 
 
-@pytest.mark.parametrize("settings", [{}, SMALL_LEGACY])
-def test_decode(settings):
-    spec = MODELS["titok-decode-tiny"].spec(settings)
-    config = dataclasses.replace(MODELS["titok-decode-tiny"].config, **settings)
+@pytest.mark.parametrize("form", FORMS)
+def test_decode(form):
+    entry = MODELS[f"titok-decode{form}-tiny"]
+    spec, config = entry.spec(), entry.config
     module = random_weights(spec, seed=1)
     state = {key: value.double() for key, value in module.state_dict().items()}
     inputs = draw(spec, batch=3) | {"length": torch.tensor([8, 3, 0])}
@@ -141,9 +141,9 @@ def test_decode(settings):
     assert (got - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
 
 
-def test_tokens_after_the_length_do_not_matter_and_those_before_do():
-    spec = MODELS["titok-decode-tiny"].spec()
-    module = random_weights(spec, seed=1)
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_after_the_length_do_not_matter_and_those_before_do(form):
+    module = random_weights(MODELS[f"titok-decode{form}-tiny"].spec(), seed=1)
     indices, length = torch.arange(8)[None], torch.tensor([5])
     base = module(indices, length)
     for place in range(8):
@@ -152,9 +152,29 @@ def test_tokens_after_the_length_do_not_matter_and_those_before_do():
         assert torch.equal(module(other, length), base) == (place >= 5)
 
 
-def test_both_forms_have_the_same_weights():
-    encode_form, decode_form = (MODELS[f"titok-{form}-tiny"].spec(SMALL_LEGACY).build() for form in ("encode", "decode"))
-    decode_form.load_state_dict(encode_form.state_dict())
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_token_is_a_latent_or_with_legacy_channels_of_all_of_them(legacy):
+    """What a prefix of the tokens is made of: K = 8 divides the width of 32."""
+    module = random_weights(MODELS["titok-encode-legacy-tiny" if legacy else "titok-encode-tiny"].spec(), seed=1).encoder
+    latents = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    module.ln_post = nn.Identity()
+
+    def tokens(latents):
+        module.mix = lambda *_: (None, latents)
+        return module(torch.zeros(1, 3, 16, 16), torch.zeros(8, 32))[0]
+
+    base = tokens(latents)
+    for latent, channel in ((0, 0), (3, 5), (6, 20)):
+        other = latents.clone()
+        other[0, latent, channel] += 1
+        changed = (tokens(other) != base).any(-1).nonzero().flatten().tolist()
+        assert changed == ([channel % 8] if legacy else [latent])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_ends_have_the_same_weights(form):
+    encoder, decoder = (MODELS[f"titok-{end}{form}-tiny"].spec().build() for end in ("encode", "decode"))
+    decoder.load_state_dict(encoder.state_dict())
 
 
 @pytest.mark.parametrize(("name", "width", "depth", "count"), [("l-32", 1024, 24, 32), ("b-64", 768, 12, 64), ("s-128", 512, 8, 128)])

@@ -74,7 +74,32 @@ def test_the_published_sizes(name, millions):
     assert round(count / 1e6) == millions
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"num_heads": 7}, "multiple of num_heads"), ({"freq_dim": 3}, "freq_dim")])
+def test_any_duration_height_and_width():
+    """The ranges are those of the settings; every size gives itself."""
+    spec = MODELS["video-dit-wan-1.3b"].spec()
+    assert spec.dynamic["x"] == {0: "batch", 2: "frames", 3: "height", 4: "width"}
+    assert [(spec.ranges[name].opt, spec.ranges[name].max) for name in ("frames", "height", "width")] == [(21, 42), (60, 104), (104, 104)]
+    # A patch of two frames asks for an even number of them.
+    assert set(TINY.spec({"patch_frames": 2}).dynamic["x"]) == {0, 3, 4}
+    spec = TINY.spec()
+    module = random_weights(spec, seed=0)
+    for frames, height, width in ((1, 2, 2), (2, 12, 4), (5, 4, 10)):
+        inputs = spec.inputs(rng(), {**spec.sizes, "frames": frames, "height": height, "width": width})
+        with torch.no_grad():
+            assert module(**inputs).shape == inputs["x"].shape == (2, 4, frames, height, width)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": 7}, "multiple of num_heads"),
+        ({"freq_dim": 3}, "freq_dim"),
+        ({"sample_height": 61}, "sample_height must be a multiple of 2"),
+        ({"sample_width": 4096}, "2 to 1024 patches"),
+        ({"sample_height": 2}, "2 to 1024 patches"),
+        ({"patch_frames": 2}, "sample_frames must be a multiple of 2"),
+    ],
+)
 def test_settings_that_contradict(settings, message):
     with pytest.raises(ValueError, match=message):
         VideoDiTConfig(**settings)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import onnxruntime
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import isthmus
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.weights import load_weights, random_weights
 from isthmus.models.vim import VimConfig
@@ -125,6 +128,54 @@ def test_a_picture_in_pieces_is_the_picture(cuts):
         logits, *states = module(inputs["patches"][:, start:end], inputs["first"] + start, *states)
     for got, expected in zip((logits, *states), whole, strict=True):
         close(got, expected)
+
+
+@pytest.mark.matrix
+def test_a_long_picture_streams_through_onnxruntime_in_constant_memory(tmp_path):
+    """4096 patches, as of a picture of 1024x1024, in pieces of 61 and the rest: the one call of all, and the formula in float64."""
+    settings = {"image_size": 256}
+    spec, config = STREAM.spec(settings), dataclasses.replace(STREAM.config, **settings)
+    module = varied(spec, seed=5)
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    result = isthmus.export(
+        "vim-stream-tiny",
+        "onnxruntime",
+        tmp_path / "out",
+        precision="fp32",
+        settings=settings,
+        weights=tmp_path / "weights.safetensors",
+    )
+    assert result.manifest.verdict == "verified"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    total, piece = config.patches, 61
+    assert total == 4096
+    inputs = {name: value.numpy() for name, value in draw(spec, seed=6, batch=1, patches=total).items()} | {"first": np.zeros(1, np.int64)}
+    names = ("conv_states", "ssm_states")
+    before = tuple(inputs[name] for name in names)
+    states, sizes, process = before, [], psutil.Process()
+    for start in range(0, total, piece):
+        given = {"patches": inputs["patches"][:, start : start + piece], "first": np.array([start])}
+        logits, *states = session.run(None, given | dict(zip(names, states, strict=True)))
+        sizes.append(process.memory_info().rss)
+    assert max(sizes) - sizes[0] < 2 * 2**20, "the one call below takes 18 MiB more"
+    streamed = (logits, *states)
+    for got, expected in zip(streamed, session.run(None, inputs), strict=True):
+        close(torch.from_numpy(got), torch.from_numpy(expected))
+    weights = {key: value.double().numpy() for key, value in module.state_dict().items()}
+    exact = stream_fp64(config, weights, inputs["patches"][0].astype(np.float64), 0, *(x[0].astype(np.float64) for x in before))
+    for got, expected in zip(streamed, exact, strict=True):
+        assert np.abs(got[0] - expected).max() <= 1e-5 * np.ptp(expected)
+
+
+@pytest.mark.parametrize("name", ["vim-stream-ti-16", "vim-stream-s-16"])
+def test_published_streams_take_pictures_of_1024(name):
+    entry = MODELS[name]
+    assert entry.spec().ranges["patches"].max == (1024 // entry.config.patch_size) ** 2
+    with torch.device("meta"):
+        module = entry.spec().build()
+    assert module.pos_embed.shape[1] == 4096 + 1
 
 
 def test_the_streams_patches_are_those_of_the_picture():

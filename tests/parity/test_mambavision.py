@@ -7,7 +7,6 @@ while it is imported: registration, initialisation and dropping paths, which do 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
 import types
 
@@ -21,8 +20,6 @@ from isthmus.exporter.spec import MODELS
 from isthmus.exporter.weights import load_weights
 
 from .compare import assert_close, draw, fill_zeros
-
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("mambavision"), reason="mambavision is not installed")
 
 
 def scan(u, delta, A, B, C, D, z=None, delta_bias=None, delta_softplus=False, return_last_state=None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.weights import random_weights
@@ -27,6 +27,25 @@ def test_rectified_flow_by_euler(seed, batch, steps):
     got = ours(**inputs)
     assert (got - x).abs().max() < 1e-5 * (x.max() - x.min())
     assert (got - inputs["noise"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("seed", "batch", "steps"), [(0, 2, 8), (1, 5, 3), (2, 1, 2)])
+def test_rectified_flow_by_heun(seed, batch, steps):
+    spec = MODELS["rectified-flow-heun-tiny"].spec({"steps": steps})
+    ours = random_weights(spec, seed=3)
+    inputs = draw(spec, seed, batch=batch)
+    # Its grid goes from 1 to 1 / num_train_timesteps, and then to 0: an even one with as many steps as it was trained on.
+    scheduler = FlowMatchHeunDiscreteScheduler(num_train_timesteps=steps)
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == 2 * steps - 1
+    x = inputs["noise"]
+    for t in scheduler.timesteps:
+        x = scheduler.step(ours.velocity(x, t.item() / steps, inputs["y"]), t, x).prev_sample
+    got = ours(**inputs)
+    assert (got - x).abs().max() < 1e-5 * (x.max() - x.min())
+    by_euler = MODELS["rectified-flow-tiny"].spec({"steps": steps}).build()
+    by_euler.load_state_dict(ours.state_dict())
+    assert (got - by_euler(**inputs)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("order", [1, 2])

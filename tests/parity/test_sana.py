@@ -15,7 +15,12 @@ from isthmus.exporter.weights import load_weights, random_weights
 from .compare import assert_close, draw, fill_zeros
 
 # The second has every width of the published 0.6 B model, and 3 of its 28 blocks.
-MODEL_SIZES = [("sana-tiny", {}), ("sana-600m", {"depth": 3}), ("sana-tiny", {"patch_size": 2})]
+MODEL_SIZES = [
+    ("sana-tiny", {}),
+    ("sana-600m", {"depth": 3}),
+    ("sana-tiny", {"patch_size": 2}),
+    ("sana-tiny", {"patch_size": 2, "position_scale": 2.0}),
+]
 INPUTS = [(0, {}), (1, {"batch": 3, "height": 12, "width": 10, "length": 7})]
 
 
@@ -33,6 +38,7 @@ def build_theirs(config):
         mlp_ratio=config.mlp_ratio,
         sample_size=config.sample_size,
         patch_size=config.patch_size,
+        interpolation_scale=config.position_scale or None,
     )
 
 

@@ -16,9 +16,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from isthmus.exporter.bundle import Manifest, StageResult, WeightsInfo
 from isthmus.exporter.errors import IsthmusError
 from isthmus.exporter.lint import EFFECTS, MODULES, RULES, SEVERITIES, Finding, Match, lint, rules_for, rules_table
+from isthmus.exporter.manifest import Manifest, StageResult, WeightsInfo
 from isthmus.exporter.subject import Profile, Subject, read_subject
 from isthmus.exporter.target import TARGETS
 from isthmus.targets.tensorrt.coverage import coverage

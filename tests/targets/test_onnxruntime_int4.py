@@ -6,12 +6,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 import isthmus
 from isthmus.exporter.bundle import read_manifest
 from isthmus.exporter.errors import UnsupportedError, UsageError
 from isthmus.exporter.ranges import FILE, read_table
+from isthmus.targets.onnxruntime import OnnxRuntimeOptions
 
 
 class Net(nn.Module):
@@ -116,6 +118,12 @@ def test_what_has_no_use_is_refused(model, tmp_path, given, words):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("name", ["int8_include", "int8_exclude", "int4_include", "int4_exclude"])
+def test_an_empty_pattern_is_refused(name):
+    with pytest.raises(ValidationError, match="a pattern is empty"):
+        OnnxRuntimeOptions.model_validate({name: ["up", ""]})
+
+
 def test_an_opset_without_int4_is_refused(model, tmp_path):
     with pytest.raises(UnsupportedError, match="INT4 weights in blocks are of opset 21, got 20"):
         isthmus.export(model, "onnxruntime", tmp_path / "b", precision="int4", opset=20)
@@ -143,7 +151,7 @@ def test_tensorrt_rtx_refuses_gpus_that_do_not_read_int4(model, tmp_path):
 
 
 def test_a_plan_keeps_its_weights_in_4_bits(tmp_path):
-    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("tensorrt_rtx", reason="not run: tensorrt-rtx is not installed (pip install 'isthmus[tensorrt-rtx]')")
     wide = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 64)).eval()
     sizes = {}
     for precision in ("int4", "fp16"):

@@ -145,7 +145,7 @@ def test_patterns_that_match_nothing_are_told(model, data, tmp_path):
         )
     with pytest.raises(UsageError, match="needs calibration data"):
         isthmus.export(model, "onnxruntime", tmp_path / "b", precision="int8")
-    with pytest.raises(UsageError, match="calibration data has no use"):
+    with pytest.raises(UsageError, match="has no use for all of these"):
         isthmus.export(model, "onnxruntime", tmp_path / "b", precision="fp16", calibration_data=str(data))
 
 

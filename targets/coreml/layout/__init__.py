@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ....exporter.errors import Reason
+from ....exporter.errors import Reason, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,9 @@ def to_ane(program: ExportedProgram) -> ExportedProgram:
     Returns:
         A program with the same inputs and outputs, whose linear layers are convolutions over (B, C, 1, S), but for what `left` names. It
         shares its tensors with the one given, which is not changed.
+
+    Raises:
+        UnsupportedError: Its sizes vary; the reasons are those of `unsupported`.
     """
     from .cumulative_sum import cumulative_sum_as_product
     from .gather import gather_as_product
@@ -36,6 +39,7 @@ def to_ane(program: ExportedProgram) -> ExportedProgram:
     from .rms_norm import safe_rms_norm
     from .settle import settle
 
+    _check(program)
     editor = Editor(program)
     for rewrite in (
         gather_as_product,  # look-ups become linear layers, which become convolutions
@@ -56,6 +60,7 @@ def split_einsum(program: ExportedProgram) -> ExportedProgram:
     from .settle import settle
     from .split_attention import attention_by_heads
 
+    _check(program)
     editor = Editor(program)
     finite_masks(editor)
     attention_by_heads(editor)
@@ -103,6 +108,11 @@ def unsupported(program: ExportedProgram) -> list[Reason]:
             what = f"the size of {node.name} depends on data, and the layout of the Neural Engine takes fixed sizes"
             return [Reason(what, where=scope_of(node), fix="export with --layout plain")]  # and with it all that is computed from it
     return reasons
+
+
+def _check(program: ExportedProgram) -> None:
+    if reasons := unsupported(program):
+        raise UnsupportedError("the layout of the Neural Engine takes fixed sizes", reasons=reasons)
 
 
 def _fixed(value: torch.Tensor) -> bool:

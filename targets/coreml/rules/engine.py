@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ....exporter.bundle import Column, Table
 from ....exporter.lint import rules_for
+from ....exporter.manifest import Column, Table
 from .program import Operation, ProgramSubject, shape
 
 LEAVES = "leaves the engine"

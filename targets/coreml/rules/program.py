@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from ....exporter.bundle import INPUTS, Manifest, inside, read_cases, read_manifest
+from ....exporter.bundle import INPUTS, inside, read_cases, read_manifest
 from ....exporter.errors import IntegrityError, MachineError, UsageError
 from ....exporter.lint import Match
+from ....exporter.manifest import Manifest
 from ..modules import read_modules
 from .chips import GENERATIONS, OLDEST, check_chip
 

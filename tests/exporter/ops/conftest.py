@@ -101,7 +101,7 @@ def check(op: CustomOp, outputs: dict[str, np.ndarray], reference: dict[str, np.
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "swept" in metafunc.fixturenames:
         rows = [
-            pytest.param((op, name, case.name, dtype), id=f"{op}-{name}-{case.name}-{dtype}", marks=_marks(name, case.name))
+            pytest.param((op, name, case.name, dtype), id=f"{op}-{name}-{case.name}-{dtype}", marks=_marks(name, case.name, dtype))
             for op in OPS
             for name, module in implementations().items()
             if OPS[op].has(module.PART)
@@ -111,9 +111,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("swept", rows)
 
 
-def _marks(implementation: str, case: str) -> tuple[pytest.MarkDecorator, ...]:
-    """The quick plugins launch the kernels of the others; long cases take Triton's interpreter long."""
-    slow = implementation == "tensorrt_quick" or (implementation == "triton_interpreter" and "long" in case)
+def _marks(implementation: str, case: str, dtype: str) -> tuple[pytest.MarkDecorator, ...]:
+    """The quick plugins launch the kernels of the others; Triton's interpreter is slow, and takes most of its time in long cases."""
+    slow = implementation == "tensorrt_quick" or (implementation == "triton_interpreter" and ("long" in case or dtype != "float32"))
     return (pytest.mark.matrix,) if slow else ()
 
 

@@ -74,15 +74,18 @@ def test_a_product_with_a_bias_behind_it(block):
     np.testing.assert_allclose(got, np.maximum(x @ read_back(weight, block) + bias, 0), rtol=1e-5, atol=1e-5)
 
 
-def test_a_gemm_becomes_a_product_and_a_sum_with_the_correction_in_it():
-    weight, bias, added, x = normal(48, 64), normal(48, seed=1), normal(48, seed=3), normal(3, 64, seed=2)
-    model = model_of("g (float[n,64] x) => (float[n,48] y) { y = Gemm <transB = 1> (x, w, b) }", {"w": weight, "b": bias})
-    layer = Layer("y", "net.y", "weight", ("x",), axis=0, block=32)
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_a_gemm_becomes_a_product_and_a_sum_with_the_correction_in_it(transposed):
+    weight, bias, added, x = normal(64, 32), normal(32, seed=1), normal(32, seed=3), normal(3, 64, seed=2)
+    text = f"g (float[n,64] x) => (float[n,32] y) {{ y = Gemm <transB = {transposed}> (x, w, b) }}"
+    model = model_of(text, {"w": weight.T.copy() if transposed else weight, "b": bias})
+    layer = Layer("y", "net.y", "weight", ("x",), axis=0 if transposed else 1, block=32)
     QuantizeInt4([layer], model.clone(), corrections={"y": added})(model)
     assert [node.op_type for node in model.graph] == ["DequantizeLinear", "MatMul", "Add"]
+    assert model.graph.initializers["w.scale"].shape == [2, 32]
     assert "b" not in model.graph.initializers
     (got,) = run(model, {"x": x})
-    np.testing.assert_allclose(got, x @ read_back(weight.T, 32) + bias + added, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, x @ read_back(weight, 32) + bias + added, rtol=1e-5, atol=1e-5)
 
 
 def test_codes_that_are_given_are_stored():

@@ -23,9 +23,11 @@ from isthmus.exporter.spec import MODELS
 from isthmus.exporter.trace import trace
 from isthmus.exporter.weights import random_weights
 
+from ...architectures import marks_of
+
 GOLDEN = Path(__file__).parents[2] / "goldens" / "operators.json"
 TINY = [
-    pytest.param(name, marks=() if name in ("dit-tiny", "sana-tiny", "diffussm-tiny") else (pytest.mark.matrix,))
+    pytest.param(name, marks=marks_of(name, quick=name in ("dit-tiny", "sana-tiny", "diffussm-tiny")))
     for name in MODELS
     if name.endswith("-tiny")
 ]

@@ -1,13 +1,13 @@
 """For each rule of the Neural Engine a program that it objects to and one that is in order, built operation by operation and serialised."""
 
 import functools
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from isthmus.exporter.memory import settled
 from isthmus.exporter.quiet import quiet
 from isthmus.targets.coreml.interpreter import load
 from isthmus.targets.coreml.rules.program import Package, ProgramSubject
@@ -50,11 +50,8 @@ def built(function, *shapes, dtype=types.fp16, state=None):
 
 def converted(source, **options):
     """What coremltools writes of a program or module, read again."""
-    gc.freeze()  # coremltools collects garbage after every conversion, which takes most of a second where torch is loaded
-    try:
+    with settled():
         return load(ct.convert(source, minimum_deployment_target=ct.target.iOS18, skip_model_load=True, **options))
-    finally:
-        gc.unfreeze()
 
 
 @functools.cache

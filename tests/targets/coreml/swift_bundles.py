@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from isthmus.exporter.bundle import INPUTS, OUTPUTS, Manifest, StageResult, TensorInfo, WeightsInfo, write_cases, write_manifest
+from isthmus.exporter.bundle import INPUTS, OUTPUTS, write_cases, write_manifest
+from isthmus.exporter.manifest import Manifest, StageResult, TensorInfo, WeightsInfo
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.subject import evaluate
 

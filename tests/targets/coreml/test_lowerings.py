@@ -1,7 +1,6 @@
 """Our lowerings against torch, over every call of `calls_*.py`, and what plain coremltools makes of the same calls."""
 
 import functools
-import gc
 import importlib.util
 import inspect
 import pathlib
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from isthmus.exporter.memory import settled
 from isthmus.exporter.quiet import quiet
 from isthmus.targets.coreml import lowerings
 from isthmus.targets.coreml.convert import convert
@@ -82,20 +82,10 @@ def plain():
         yield
 
 
-@contextmanager
-def _uncollected():
-    """coremltools collects garbage after every conversion, which takes most of a second where torch is loaded."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def converted(program, precision="fp32", target="iOS18"):
     named = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
     # coremltools checks the program after every pass, which is half of the time that a conversion takes.
-    with quiet("coremltools"), unittest.mock.patch("coremltools.converters.mil.mil.Program.validate", return_value=None), _uncollected():
+    with quiet("coremltools"), unittest.mock.patch("coremltools.converters.mil.mil.Program.validate", return_value=None), settled():
         return ct.convert(
             program, minimum_deployment_target=getattr(ct.target, target), skip_model_load=True, compute_precision=named[precision]
         )

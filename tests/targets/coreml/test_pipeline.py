@@ -1,15 +1,19 @@
 """The whole way to Core ML through the public API: what is written, reported and measured, and how bad input and damage end."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
+import torch
 
 import isthmus
 from isthmus.exporter.bundle import read_manifest
 from isthmus.exporter.errors import AccuracyError, IntegrityError, IsthmusError, UnsupportedError, UsageError
-from isthmus.exporter.target import TARGETS
+from isthmus.exporter.target import TARGETS, Job
+from isthmus.exporter.trace import trace
 from isthmus.targets.coreml.interpreter import load
 from isthmus.targets.coreml.interpreter.registry import OPERATIONS
 from isthmus.targets.coreml.lower import operations
@@ -46,6 +50,20 @@ def test_what_is_written(made):
     assert {part["name"] for part in share["modules"]} >= {"blocks.0.mlp.fc1", "x_embedder.proj"}
     assert "packages" not in details
     assert "functions" not in details
+
+
+def test_nothing_that_was_lowered_holds_the_models_weights(tmp_path):
+    """What is read back from the package does not come on top of them."""
+    target = TARGETS["coreml"]()
+    module = torch.nn.Linear(64, 64).eval()
+    program = trace(module, {"x": torch.ones(2, 64)})
+    freed = [weakref.ref(module), weakref.ref(program), weakref.ref(module.weight)]
+    job = Job(program, None, "fp16", target.Options(), input_names=("x",), output_names=("y",))
+    lowered = target.lower(job, tmp_path)
+    del module, program, job
+    gc.collect()
+    assert [held() for held in freed] == [None, None, None]
+    assert "operators" not in lowered.details
 
 
 def test_what_is_reported(made):

@@ -172,9 +172,12 @@ def test_a_module_with_other_layers_than_the_graph_is_left(model):
 
 
 def test_gptq_is_nearer_and_its_codes_are_in_the_package(data, tmp_path):
-    """Inputs that vary together, for which GPTQ is made."""
+    """Inputs that vary together, for which GPTQ is made, and a large weight a row, so that it is the weights that lose most."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(16, 128), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 64)).eval()
+    with torch.no_grad():
+        module[0].weight[0] /= 10
+        module[1].weight[:, 0] *= 10
     given = {"precision": "w8a8", "calibration_data": str(data), "inputs": {"x": torch.randn(2, 16, 16)}}
     folders = {
         name: isthmus.export(Named(module), "coreml", tmp_path / name, **given, **options).bundle
@@ -193,7 +196,7 @@ def test_gptq_is_nearer_and_its_codes_are_in_the_package(data, tmp_path):
     assert all(np.abs(op.data.val).max() <= GRIDS["int8"].high for op in stored["gptq"])
     assert sqnr(folders["old"], "mil") == pytest.approx(sqnr(folders["gptq"], "mil"), abs=0.5)
     assert any(not np.array_equal(a.data.val, b.data.val) for a, b in zip(stored["nearest"], stored["gptq"], strict=True))
-    assert sqnr(folders["gptq"], "mil") > sqnr(folders["nearest"], "mil") - 0.2
+    assert sqnr(folders["gptq"], "mil") > sqnr(folders["nearest"], "mil") + 0.5  # 29.8 and 28.6 dB
     assert {s.name: s.verdict for s in read_manifest(folders["gptq"]).stages}["mil"] == "verified"
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.exporter.bundle import INPUTS, Manifest, StageResult, WeightsInfo, write_cases, write_manifest
+from isthmus.exporter.bundle import INPUTS, write_cases, write_manifest
 from isthmus.exporter.errors import IntegrityError, IsthmusError, MachineError, UnknownNameError, UsageError
 from isthmus.exporter.lint import lint
+from isthmus.exporter.manifest import Manifest, StageResult, WeightsInfo
 from isthmus.exporter.quiet import quiet
 from isthmus.targets.coreml import chunks
 from isthmus.targets.coreml.convert import converted

@@ -16,11 +16,13 @@ from isthmus.exporter.trace import trace
 from isthmus.targets.coreml import lowerings
 from isthmus.targets.coreml.support import DROPPED, NO_EFFECT, unsupported
 
+from ...architectures import marks_of
+
 # torch 2.13 copies a class that it deprecates itself, when a program is copied.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 SMALL = [
-    pytest.param(name, marks=() if name in ("dit-tiny", "sana-tiny", "diffussm-tiny") else (pytest.mark.matrix,))
+    pytest.param(name, marks=marks_of(name, quick=name in ("dit-tiny", "sana-tiny", "diffussm-tiny")))
     for name in MODELS
     if name.endswith("-tiny")
 ]

@@ -12,8 +12,9 @@ import tree_sitter
 import tree_sitter_swift
 
 from isthmus.embedding import embed
-from isthmus.exporter.bundle import INPUTS, MANIFEST, OUTPUTS, read_cases, read_manifest, write_cases, write_manifest
+from isthmus.exporter.bundle import INPUTS, OUTPUTS, read_cases, read_manifest, write_cases, write_manifest
 from isthmus.exporter.errors import IntegrityError, UnsupportedError
+from isthmus.exporter.manifest import MANIFEST
 from isthmus.exporter.sampling import LoopCall, LoopSampler
 from isthmus.exporter.spec import MODELS
 from isthmus.models.flow import RectifiedFlowSampler

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.bundle import Manifest, WeightsInfo
+from isthmus.exporter.manifest import Manifest, WeightsInfo
 from isthmus.exporter.op import OPS
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.spec import SizeRange

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
+from isthmus.exporter.errors import UnsupportedError
 from isthmus.exporter.quiet import quiet
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.weights import random_weights
 from isthmus.targets.coreml.convert import decomposed
 from isthmus.targets.coreml.layout import left, split_einsum, to_ane, unsupported
 from isthmus.targets.coreml.layout.graph import operator_of
+
+from ....architectures import TINY, marks_of
 
 TRANSPOSES = {
     # One for the keys of each attention, one behind the last layer (unpatchify), and one or two before the first.
@@ -29,22 +32,27 @@ TRANSPOSES = {
 }
 """Transposes that are left with `--layout ane`, and when attention is split as well."""
 
-OTHERS = [name for name in MODELS if name.endswith("-tiny") and name not in TRANSPOSES]
+OTHERS = [pytest.param(name, marks=marks_of(name, quick=False)) for name in TINY if name not in TRANSPOSES]
 
 
-def _laid_out(name: str) -> tuple[ExportedProgram, ExportedProgram, ExportedProgram]:
-    """A model plain, laid out, and with its attention split too: the same numbers."""
+Inputs = list[tuple[torch.Tensor, ...]]
+
+
+def _exported(name: str) -> tuple[ExportedProgram, Inputs]:
+    """A model, and two sets of inputs."""
     spec = MODELS[name].spec()
     module = random_weights(spec, seed=0)
     inputs = [tuple(spec.inputs(np.random.Generator(np.random.PCG64(seed)), spec.sizes).values()) for seed in (0, 1)]
     with quiet("torch.export"):
-        program = decomposed(torch.export.export(module, inputs[0], strict=False))
-    if unsupported(program):
-        return program, program, program
+        return decomposed(torch.export.export(module, inputs[0], strict=False)), inputs
+
+
+def _laid_out(program: ExportedProgram, inputs: Inputs, *, both: bool) -> tuple[ExportedProgram, ExportedProgram]:
+    """A model laid out, and with its attention split too: the same numbers, of `both` or of the second, which is made of the first."""
     expected = _results(program, inputs)
     laid_out = to_ane(program)
     split = split_einsum(laid_out)
-    for result in (laid_out, split) if name.endswith("-tiny") else (split,):  # the second is made of the first
+    for result in (laid_out, split) if both else (split,):
         for a, b in zip(_results(result, inputs), expected, strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             if not b.is_floating_point():
@@ -52,22 +60,26 @@ def _laid_out(name: str) -> tuple[ExportedProgram, ExportedProgram, ExportedProg
                 continue
             assert b.abs().max() > 0.0
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-    return program, laid_out, split
+    return laid_out, split
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_tiny_model_is_the_same_laid_out_or_refused(name: str) -> None:
-    program, laid_out, _ = _laid_out(name)  # asserts the equality where the layout takes the model
-    reasons = unsupported(program)
-    assert all(reason.what for reason in reasons)
-    assert bool(reasons) != (_counts(laid_out) != _counts(program)), "a model that is taken is laid out, one that is refused is left alone"
+    program, inputs = _exported(name)
+    if reasons := unsupported(program):
+        for lay_out in (to_ane, split_einsum):
+            with pytest.raises(UnsupportedError, match="takes fixed sizes") as error:
+                lay_out(program)
+            assert error.value.reasons == tuple(reasons)
+        return
+    laid_out, _ = _laid_out(program, inputs, both=True)
+    assert _counts(laid_out) != _counts(program) or left(program), "a model that is taken is laid out, or it is said what stays"
 
 
 @pytest.mark.parametrize("name", TRANSPOSES)
 def test_a_network_of_blocks_keeps_the_layout(name: str) -> None:
-    program, laid_out, split = _laid_out(name)
-    assert not unsupported(program)
+    program, inputs = _exported(name)
+    laid_out, split = _laid_out(program, inputs, both=name.endswith("-tiny"))
     assert left(split, split=True) == [], "every linear layer, norm, look-up, sum and attention has its form in the layout"
     plain, calls, parts = _counts(program), _counts(laid_out), _counts(split)
     assert calls["conv2d"] == plain["conv2d"] + plain["linear"] + plain["embedding"]
@@ -78,7 +90,7 @@ def test_a_network_of_blocks_keeps_the_layout(name: str) -> None:
     assert moved == TRANSPOSES.get(name, moved)
 
 
-def _results(program: ExportedProgram, inputs: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+def _results(program: ExportedProgram, inputs: Inputs) -> list[torch.Tensor]:
     module = program.module()
     with torch.no_grad():
         results = [module(*given) for given in inputs]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
+from isthmus.exporter.errors import UnsupportedError
 from isthmus.targets.coreml.layout import left, split_einsum, to_ane, unsupported
 from isthmus.targets.coreml.layout.graph import Editor, operator_of, scope_of, text
 from isthmus.targets.coreml.layout.settle import settle
@@ -182,9 +183,14 @@ def test_sizes_that_depend_on_data_are_refused(exported) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x[x > 0].sum()
 
-    (reason,) = unsupported(exported(nn.Sequential(nn.Identity(), Chosen()), torch.ones(4)))
+    program = exported(nn.Sequential(nn.Identity(), Chosen()), torch.ones(4))
+    (reason,) = unsupported(program)
     assert "depends on data" in reason.what
     assert reason.where == "1"
+    for lay_out in (to_ane, split_einsum):
+        with pytest.raises(UnsupportedError, match="takes fixed sizes") as error:
+            lay_out(program)
+        assert error.value.reasons == (reason,)
 
 
 # Values.
