@@ -51,11 +51,13 @@ TINY = sorted((name for name in MODELS if name.endswith("-tiny")), key=lambda na
 """The models that are swept."""
 
 
-def marks_of(name: str, *, quick: bool) -> tuple[pytest.MarkDecorator, ...]:
-    """When a sweep runs for a model: in `make test` if it is quick, else in `make matrix`, of which .ci/run takes one form a system."""
+def marks_of(name: str, *, quick: bool, first: bool = True) -> tuple[pytest.MarkDecorator, ...]:
+    """When a sweep runs for a model: in `make test` if it is quick, else in `make matrix`, of which .ci/run takes the first form of each
+    system, or none of them where `first` is False.
+    """
     if quick:
         return ()
-    return (pytest.mark.matrix,) if name in FIRST else (pytest.mark.matrix, pytest.mark.forms)
+    return (pytest.mark.matrix,) if first and name in FIRST else (pytest.mark.matrix, pytest.mark.forms)
 
 
 @dataclass(frozen=True)

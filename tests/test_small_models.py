@@ -33,7 +33,7 @@ SWEPT = [
         name,
         target,
         precision,
-        marks=[pytest.mark.xdist_group(name), *marks_of(name, quick=_is_swept_quickly(name, target))],
+        marks=[pytest.mark.xdist_group(name), *marks_of(name, quick=_is_swept_quickly(name, target), first=target != "tensorrt")],
     )
     for name in TINY
     for target, precision in CELLS

@@ -257,7 +257,12 @@ def test_a_model_is_as_near_to_itself_as_it_has_to_be(name, request_):
 
 ANALYSED = sorted({name for name, _ in REQUESTS})
 ARTIFACTS = [
-    pytest.param(name, target, precision, marks=marks_of(name, quick=(name, target) == ("topology-vae-encode-tiny", "onnxruntime")))
+    pytest.param(
+        name,
+        target,
+        precision,
+        marks=marks_of(name, quick=(name, target) == ("topology-vae-encode-tiny", "onnxruntime"), first=target == "onnxruntime"),
+    )
     for name in ANALYSED
     for target, precision in (("onnxruntime", "fp32"), ("coreml", "fp16"))
 ]

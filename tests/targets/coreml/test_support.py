@@ -22,7 +22,7 @@ from ...architectures import marks_of
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 SMALL = [
-    pytest.param(name, marks=marks_of(name, quick=name in ("dit-tiny", "sana-tiny", "diffussm-tiny")))
+    pytest.param(name, marks=marks_of(name, quick=name in ("dit-tiny", "sana-tiny", "diffussm-tiny"), first=False))
     for name in MODELS
     if name.endswith("-tiny")
 ]

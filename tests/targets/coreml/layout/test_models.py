@@ -32,7 +32,7 @@ TRANSPOSES = {
 }
 """Transposes that are left with `--layout ane`, and when attention is split as well."""
 
-OTHERS = [pytest.param(name, marks=marks_of(name, quick=False)) for name in TINY if name not in TRANSPOSES]
+OTHERS = [pytest.param(name, marks=marks_of(name, quick=False, first=False)) for name in TINY if name not in TRANSPOSES]
 
 
 Inputs = list[tuple[torch.Tensor, ...]]
