@@ -65,7 +65,7 @@ parity: $(PARITY_READY)
 	PYTHONPATH=src $(PARITY_VENV)/bin/python -m pytest -q --override-ini=filterwarnings=default tests/parity
 
 bench: $(READY)
-	@set -e; for file in $(wildcard benchmarks/*.py); do echo "$$file" >&2; $(BIN)/python $$file $(BENCH_ARGS); done
+	@set -e; for file in $(filter-out benchmarks/held_out.py,$(wildcard benchmarks/*.py)); do echo "$$file" >&2; $(BIN)/python $$file $(BENCH_ARGS); done
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) .venv-modelopt out dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -151,6 +151,15 @@ def _calibration_method(_ctx: click.Context, _parameter: click.Parameter, value:
     return value
 
 
+def _weight_scales(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuses a method that is not registered, or does not choose for weights."""
+    from isthmus.calibration.calibrator import channel_calibrators
+
+    if value is not None and value not in (known := channel_calibrators()):
+        raise click.BadParameter(f"got {value!r}, expected one of {', '.join(sorted(known))}")
+    return value
+
+
 def _calibration_options(command: F) -> F:
     """Adds the options that say on which data ranges are observed, and how they follow from it."""
     for option in reversed(
@@ -198,6 +207,9 @@ def _calibration_options(command: F) -> F:
               help="The ranges, in place of data: what `isthmus calibrate` wrote, or calibration.json of another bundle.")  # fmt: skip
 @click.option("--weight-rounding", cls=Option, type=click.Choice(["nearest", "gptq"]),
               help="How weights are quantised; gptq lets errors make up for each other. [default: nearest]")  # fmt: skip
+@click.option("--weight-scales", cls=Option, metavar="M", callback=_weight_scales,
+              help="What the scale of each channel of a matrix, or block in int4, represents: all of it (max), or what makes the mean "
+              "squared error least (mse). [default: max]")  # fmt: skip
 @click.option("--smooth", cls=Option, type=Number(float, 0.0, 1.0), metavar="ALPHA",
               help="Moves so much of outlier channels' range from quantised activations into weights (SmoothQuant); 0.5 is usual. "
               "[default: not at all]")  # fmt: skip

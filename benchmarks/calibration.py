@@ -50,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from held_out import drawn, outputs, sqnr
 from selective_scan import check, report
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -173,20 +174,6 @@ def with_outliers(path: Path) -> None:
     save_file(state, path)
 
 
-def drawn(model: str, weights: Path | None, *, seed: int, count: int) -> list[Arrays]:
-    """Sets of inputs: of the model's own trajectories where its weights are trained, else random."""
-    from isthmus.calibrating import draw_data, read_data
-    from isthmus.calibration.verify import module_runner
-    from isthmus.exporter.source import load_source
-
-    source = load_source(model, settings={}, weights=weights, inputs=None, dynamic=(), batch_size=None, seed=0)
-    assert source.spec is not None
-    data = read_data(source, "random" if weights else None, seed=seed, size=count)
-    if data is None:
-        data = draw_data(source, module_runner(source.module, source.example, source.spec.outputs), seed=seed, size=count)
-    return [dict(arrays) for arrays in data.sets]
-
-
 def write_sets(path: Path, sets: Sequence[Arrays]) -> None:
     """The sets as `--calibration-data` and the worker read them."""
     arrays: Mapping[str, np.ndarray[Any, Any]] = {f"{i:03d}/{name}": array for i, one in enumerate(sets) for name, array in one.items()}
@@ -214,28 +201,6 @@ def products_of(path: Path, modules: set[str]) -> list[str]:
 
     graph = onnx.load(path, load_external_data=False).graph
     return [node.name for node in graph.node if node.op_type in PRODUCTS and node.name.partition("/")[0] in modules]
-
-
-def outputs(path: Path, sets: Sequence[Arrays]) -> list[list[np.ndarray[Any, Any]]]:
-    """What a file computes, in ONNX Runtime on the CPU, as it is written."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return [session.run(None, one) for one in sets]
-
-
-def sqnr(reference: Sequence[Sequence[np.ndarray[Any, Any]]], found: Sequence[Sequence[np.ndarray[Any, Any]]]) -> float:
-    """The signal-to-quantisation-noise ratio of the worst output over all sets, dB."""
-    worst = math.inf
-    for i in range(len(reference[0])):
-        signal = sum(float(np.square(one[i].astype(np.float64)).sum()) for one in reference)
-        pairs = zip(reference, found, strict=True)
-        noise = sum(float(np.square(one[i].astype(np.float64) - other[i].astype(np.float64)).sum()) for one, other in pairs)
-        worst = min(worst, 10 * math.log10(signal / noise) if noise else math.inf)
-    return worst
 
 
 class Comparison:

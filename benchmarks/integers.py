@@ -40,7 +40,10 @@ ROWS: tuple[tuple[str, nn.Module, tuple[int, ...], str, dict[str, Any], float | 
 
 
 class Alone(nn.Module):
-    """A layer under a name, which the patterns of an export need."""
+    """A layer under a name, which the patterns of an export need.
+
+    A convolution's result is doubled: integers are convolved where something reads 8 bits.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class Alone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's result."""
         result: torch.Tensor = self.layer(x)
-        return result
+        return result * 2 if isinstance(self.layer, nn.Conv2d) else result
 
 
 def session(layer: nn.Module, x: torch.Tensor, precision: str, options: dict[str, Any], folder: Path) -> Any:

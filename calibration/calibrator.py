@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..exporter.errors import UnknownNameError
 from ..exporter.grids import Grid, Interval
 from ..exporter.registry import Registry
 from .histogram import Histogram
@@ -39,6 +40,13 @@ class Calibrator(ABC):
             An interval of the grid (see `Grid.interval`) within that of the values, and 0. [0, 0] for zeros, and where nothing was seen.
         """
 
+
+class ChannelCalibrator(Calibrator):
+    """One that chooses for the channels of a weight as well, from the numbers themselves: those of a channel are too few for a histogram to
+    tell rare values from usual ones, and there are too many channels for a search in one.
+    """
+
+    @abstractmethod
     def channels(self, weight: Array, axis: int, grid: Grid) -> Interval:
         """The intervals of the channels of a weight.
 
@@ -50,12 +58,29 @@ class Calibrator(ABC):
         Returns:
             Arrays of one bound a channel, float64.
         """
-        rows = np.moveaxis(weight, axis, 0)
-        found = [self.interval(Histogram.of(row), grid) for row in rows]
-        return Interval(np.array([i.low for i in found], np.float64), np.array([i.high for i in found], np.float64))
 
 
 CALIBRATORS: Registry[type[Calibrator]] = Registry("calibration method", "calibration/calibrators", "register_calibrator")
+
+
+def channel_calibrators() -> list[str]:
+    """The names of those that choose for the channels of a weight."""
+    return [name for name in CALIBRATORS if issubclass(CALIBRATORS[name], ChannelCalibrator)]
+
+
+def channel_calibrator(name: str) -> ChannelCalibrator:
+    """The calibrator of that name.
+
+    Raises:
+        UnknownNameError: There is none that chooses for the channels of a weight.
+    """
+    known = channel_calibrators()
+    if name not in known:
+        raise UnknownNameError("calibrator of weights", name, known)
+    found = CALIBRATORS[name]()
+    assert isinstance(found, ChannelCalibrator)
+    return found
+
 
 C = TypeVar("C", bound=type[Calibrator])
 

@@ -84,7 +84,8 @@ def _general(manifest: Manifest) -> Iterator[str]:
     options = manifest.options
     for key, value in _mapping(options.get("settings")).items():
         yield from ("--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    for name, default in {"batch_size": None, "sampler": "step", "seed": 0, "weight_rounding": "nearest", "smooth": None}.items():
+    of_weights = {"weight_rounding": "nearest", "weight_scales": "max", "smooth": None}
+    for name, default in {"batch_size": None, "sampler": "step", "seed": 0, **of_weights}.items():
         if options.get(name, default) != default:
             yield from (_flag(name), str(options[name]))
 

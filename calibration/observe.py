@@ -24,6 +24,9 @@ Array = np.ndarray[Any, Any]
 LIMIT = 2**30
 """Bytes of values that leave ONNX Runtime in one run; where there are more, the graph runs several times on the same inputs."""
 
+_SHOWN = 20
+"""The most values that a refusal of NaN and Inf names."""
+
 
 class Observer:
     """A float32 graph in ONNX Runtime whose values can be looked at.
@@ -136,5 +139,8 @@ def _finite(values: Mapping[str, np.ndarray[Any, Any]]) -> Mapping[str, np.ndarr
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max()))
     ]
     if reasons:
-        raise IsthmusError("the model computes NaN or Inf on the calibration data", reasons=reasons[:20], hint="check the data")
+        shown = reasons[:_SHOWN]  # in the graph's order: the cause is at the front, and what follows from it may be all of the rest
+        if more := len(reasons) - len(shown):
+            shown.append(Reason(f"and {more} more values behind these"))
+        raise IsthmusError("the model computes NaN or Inf on the calibration data", reasons=shown, hint="check the data")
     return values

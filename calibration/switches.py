@@ -61,7 +61,7 @@ def switched(
         table: The ranges of what they read.
         precision: `fp8` or `int8`.
         weights: Codes of weights that are not rounded to nearest, by the weights' names.
-        corrections: What is added to the outputs of quantised layers in int8, (outputs,) by the names of their nodes.
+        corrections: What is added to the outputs of quantised layers, (outputs,) by the names of their nodes.
 
     Raises:
         IsthmusError: The table lacks a range.
@@ -106,7 +106,7 @@ class _Writer:
         codes, scales = self._codes(node, layer, weight.name or "", weight.const_value.numpy())
         stored, factors = self._constant(codes), self._constant(scales.astype(np.float32))
         self._behind(node, 1, index, lambda _: [ir.node("DequantizeLinear", [stored, factors], {"axis": layer.axis})])
-        if self._precision == "int8" and (added := self._corrections.get(layer.node)) is not None:
+        if (added := self._corrections.get(layer.node)) is not None:
             self._correction(node, np.asarray(added, np.float32), index)
         if is_op(node, "Conv") and len(layer.observed) > 1:
             self._result(node, layer.observed[1], index)
@@ -180,8 +180,7 @@ class _Writer:
             value = next(user.outputs[0] for user, _ in value.uses())
         users = list(value.uses())
         producer = value.producer()
-        if not users or producer is None:
-            return  # an output, which stays as it is
+        assert producer is not None
         same = ir.node("Identity", [value], name=f"{node.name}/result")
         made = same.outputs[0]
         made.name, made.type, made.shape = f"{name}.result", value.type, value.shape

@@ -1,4 +1,4 @@
-"""Rounds the weights of a graph's layers with regard to the activations that they meet, and says what their outputs lack on average."""
+"""Rounds weights: on scales that a calibrator chooses, and by GPTQ, which also says what the outputs of their layers lack on average."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from ..exporter.grids import GRIDS, RoundedWeight, WeightGrid
-from ..exporter.passes import quantize_fp8, quantize_int4, quantize_int8
+from ..exporter.grids import GRIDS, Parameters, RoundedWeight, WeightGrid
+from ..exporter.passes import quantize_fp8, quantize_int4
 from ..exporter.passes.fp8_layers import Layer
 from ..exporter.spec import Arrays
+from .calibrator import channel_calibrator
 from .observe import Observer
 from .rounding import bias_correction, factorised, gptq
 from .statistics import LIMIT, Gathering, moments
@@ -41,10 +42,11 @@ def gptq_weights(
     sets: Sequence[Arrays],
     grid: WeightGrid,
     *,
+    scales: str = "max",
     gathered: Gathering | None = None,
     limit: int = LIMIT,
 ) -> Rounded:
-    """Rounds layers' weights by GPTQ. The scales are those of nearest rounding.
+    """Rounds layers' weights by GPTQ.
 
     The graph runs on all inputs once more, or as often as `limit` asks for, unless the moments of its activations are gathered.
 
@@ -54,6 +56,7 @@ def gptq_weights(
         observer: Of that graph, with the layers' activations.
         sets: Calibration inputs.
         grid: What the weights are stored on: `int8` for `QuantizeInt8`, `e4m3` for `QuantizeFp8` on float16, `int4` for `QuantizeInt4`.
+        scales: The calibrator that chooses what each channel's scale represents, in `int4` each block's: one of `channel_calibrators`.
         gathered: From `gathering`, once all inputs have passed by.
         limit: Bytes of second moments that are held at a time.
 
@@ -69,11 +72,32 @@ def gptq_weights(
                 continue
             stored = tensor.numpy()
             weight = stored.T if layer.axis == 1 else stored
-            scale = _scales(stored, layer, grid)
-            rounded = RoundedWeight(gptq(weight, factor, scale, GRIDS[grid]).astype(_CODES[grid]), scale)
+            scale = weight_scales(stored, layer, grid, scales)
+            how = "rounded by GPTQ" if scales == "max" else f"rounded by GPTQ with scales by {scales}"
+            rounded = RoundedWeight(gptq(weight, factor, scale, GRIDS[grid]).astype(_CODES[grid]), scale, how)
             added = bias_correction(weight, rounded.read(), moments_.means).astype(np.float32)
             found.weights[name] = rounded
             found.corrections.update(dict.fromkeys(nodes, added))
+    return found
+
+
+def scaled_weights(model: ir.Model, layers: Sequence[Layer], grid: WeightGrid, scales: str) -> dict[str, RoundedWeight]:
+    """Rounds layers' weights to nearest, on scales that a calibrator chooses; by the weights' names.
+
+    Args:
+        model: See `gptq_weights`, as for all others.
+        layers: See there.
+        grid: See there.
+        scales: See there.
+    """
+    found = {}
+    for name, (_, _, tensor, layer) in _matrices(model, layers).items():
+        stored = tensor.numpy()
+        weight = stored.T if layer.axis == 1 else stored
+        scale = weight_scales(stored, layer, grid, scales)
+        spread = np.repeat(scale.astype(np.float64).reshape(len(scale), -1), weight.shape[1] // (scale.size // len(scale)), axis=1)
+        codes = GRIDS[grid].codes(weight, Parameters(spread, 0.0)).astype(np.float32).astype(_CODES[grid])
+        found[name] = RoundedWeight(codes, scale, f"rounded to nearest with scales by {scales}")
     return found
 
 
@@ -112,9 +136,24 @@ def _matrices(model: ir.Model, layers: Sequence[Layer]) -> dict[str, tuple[str, 
     return found
 
 
-def _scales(weight: Array, layer: Layer, grid: WeightGrid) -> Array:
-    if grid == "int8":
-        return quantize_int8.weight_scales(weight, layer.axis)
+def weight_scales(weight: Array, layer: Layer, grid: WeightGrid, method: str) -> Array:
+    """The scales of a layer's matrix, as the passes write them: float, (outputs,), in `int4` (outputs, blocks).
+
+    Args:
+        weight: The matrix, in the graph's layout.
+        layer: The layer.
+        grid: What it is stored on.
+        method: One of `calibrator.channel_calibrators`, which chooses what is represented.
+
+    Raises:
+        UnknownNameError: There is no such calibrator of weights.
+    """
+    calibrator = channel_calibrator(method)
     if grid == "int4":
-        return quantize_int4.weight_scales(weight, layer.axis, layer.block)
-    return quantize_fp8.weight_scales(weight, layer.axis, ir.DataType.FLOAT16)
+        rows = weight.T if layer.axis == 1 else weight
+        represented = calibrator.channels(rows.reshape(-1, layer.block), 0, GRIDS[grid])
+        return quantize_int4.scales(represented.amax.reshape(len(rows), -1))
+    represented = calibrator.channels(weight, layer.axis, GRIDS[grid])
+    if grid == "int8":
+        return np.asarray(GRIDS[grid].parameters(represented).scale, np.float32)
+    return quantize_fp8.scales(represented.amax, ir.DataType.FLOAT16)

@@ -25,7 +25,7 @@ RANDOM = "random"
 _PASSED = (
     "model", "target", "precision", "opset", "batch_size", "inputs", "weights",
     "calibration_data", "calibration_size", "calibration_method", "calibration_preprocess", "calibration_table",
-    "weight_rounding", "smooth", "sampler", "atol", "rtol", "min_psnr", "seed", "force", "dry_run",
+    "weight_rounding", "weight_scales", "smooth", "sampler", "atol", "rtol", "min_psnr", "seed", "force", "dry_run",
 )  # fmt: skip
 
 

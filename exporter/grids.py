@@ -54,15 +54,17 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """The codes of a layer's weight, when they are not those that are nearest.
+    """The codes of a layer's weight, when they are not those that are nearest on the scales of its largest values.
 
     Attributes:
         codes: (outputs, inputs), in a type that holds the codes.
         scale: (outputs,) float; or (outputs, groups), where each of so many groups of neighbouring inputs has a scale of its own.
+        how: The way that they were found, for people.
     """
 
     codes: Array
     scale: Array
+    how: str = "rounded by GPTQ"
 
     def check(self, name: str, outputs: int, inputs: int) -> None:
         """Refuses codes of another weight.

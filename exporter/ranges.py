@@ -199,9 +199,7 @@ class CalibrationTable(_Strict):
             if grid not in self.values[name].ranges
         ]
         if reasons:
-            raise IsthmusError(
-                "the calibration table is of another model", reasons=reasons[:20], hint="calibrate the model that is exported"
-            )
+            raise IsthmusError("the calibration table is of another model", reasons=reasons, hint="calibrate the model that is exported")
 
     def json_text(self) -> str:
         """The file's text, with a line for each value."""

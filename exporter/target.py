@@ -65,7 +65,7 @@ class Job(Generic[O]):
         peaks: Module path to the largest |value| that the module computed on the example inputs; empty in fp32.
         sizes: The range of each named size that occurs in the shapes of the graph's inputs.
         calibration: What was observed of the ONNX graph's values on calibration data; None where the precision needs none.
-        weights: Codes of weights that are not rounded to nearest, by the weights' names.
+        weights: Codes of weights that are not rounded to nearest on the scales of their largest values, by the weights' names.
         corrections: What is added to the outputs of quantised layers, (outputs,) by the names of their nodes.
         loop: The sampler to write as one graph around the model; None for a sampler that calls it from outside.
     """

@@ -176,7 +176,7 @@ def test_every_option_reaches_the_pipeline(run, exported, tmp_path):
     call = "export dit-tiny --target onnxruntime --precision fp16 --opset 23 --batch-size 4 --set depth=3 --set hidden_size=64"
     call += f" --weights {weights} --dynamic x:0=1,2,8 --dynamic t:0=1,2,8 --atol 1e-4 --rtol 1e-3 --min-psnr 60 --seed 7 --force"
     call += f" --calibration-data {tmp_path} --calibration-size 16 --calibration-method mse --calibration-preprocess input=x --sampler loop"
-    call += f" --weight-rounding gptq --smooth 0.5 --calibration-table {table}"
+    call += f" --weight-rounding gptq --weight-scales mse --smooth 0.5 --calibration-table {table}"
     result = run(*call.split(), "-o", tmp_path / "out", "--threads", "2", "--format", "json")
     assert result.exit_code == 0, result.stderr
     (arguments,) = exported
@@ -188,7 +188,7 @@ def test_every_option_reaches_the_pipeline(run, exported, tmp_path):
         "settings": {"depth": 3, "hidden_size": 64}, "weights": weights, "atol": 1e-4, "rtol": 1e-3, "min_psnr": 60.0, "seed": 7,
         "force": True, "dry_run": False, "output": tmp_path / "out", "options": {"threads": "2"},
         "calibration_data": str(tmp_path), "calibration_size": 16, "calibration_method": "mse", "calibration_preprocess": "input=x",
-        "weight_rounding": "gptq", "smooth": 0.5, "calibration_table": table,
+        "weight_rounding": "gptq", "weight_scales": "mse", "smooth": 0.5, "calibration_table": table,
         "sampler": "loop",
     }  # fmt: skip
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ...exporter.grids import Grid, Interval
-from ..calibrator import Array, Calibrator, register_calibrator
+from ..calibrator import Array, ChannelCalibrator, register_calibrator
 from ..histogram import Histogram
 
 
 @register_calibrator("max", summary="the largest |value| that was seen")
-class Max(Calibrator):
+class Max(ChannelCalibrator):
     """From the smallest value to the largest, exactly."""
 
     def interval(self, seen: Histogram, grid: Grid) -> Interval:
@@ -18,6 +18,6 @@ class Max(Calibrator):
         return grid.interval(seen.min, seen.max) if seen.counts.size else grid.interval(0.0, 0.0)
 
     def channels(self, weight: Array, axis: int, grid: Grid) -> Interval:
-        """See `Calibrator.channels`."""
+        """See `ChannelCalibrator.channels`."""
         others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
         return grid.interval(np.min(weight, axis=others), np.max(weight, axis=others))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from ...exporter.grids import Grid, Interval, Parameters
-from ..calibrator import Array, Calibrator, register_calibrator
+from ..calibrator import Array, ChannelCalibrator, register_calibrator
 from ..histogram import Histogram
 from ..search import HALVINGS, STEPS, narrowest
 
 
 @register_calibrator("mse", summary="the least mean squared error of rounding and saturation")
-class MeanSquaredError(Calibrator):
+class MeanSquaredError(ChannelCalibrator):
     """Searches for the interval whose error is least: of a tensor's histogram, of a weight's own numbers."""
 
     def interval(self, seen: Histogram, grid: Grid) -> Interval:
@@ -25,7 +25,7 @@ class MeanSquaredError(Calibrator):
         return narrowest(grid.interval(seen.min, seen.max), grid, Errors(seen, grid).of)
 
     def channels(self, weight: Array, axis: int, grid: Grid) -> Interval:
-        """See `Calibrator.channels`. Both ends of an interval are cut by the same factor."""
+        """See `ChannelCalibrator.channels`. Both ends of an interval are cut by the same factor."""
         rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64)
         whole = grid.interval(rows.min(axis=1), rows.max(axis=1))
         best, least = whole, np.full(len(rows), np.inf)

@@ -60,7 +60,8 @@ class QuantizeFp8(ir.passes.InPlacePass):
         selection: The layers, by the names of their nodes.
         ranges: The largest |value| of every observed activation of the selection.
         original: The float32 model, from whose weights the FP8 ones are made.
-        weights: By the name of a matrix, its E4M3 codes, on the scales of `weight_scales`; those that are not named are rounded to nearest.
+        weights: By the name of a matrix, its E4M3 codes; those that are not named are rounded to nearest,
+            with scales of their largest values.
 
     Attributes:
         written: The names of the matrix products that are now FP8, with their modules.
@@ -169,18 +170,20 @@ class _Writer:
         """The dequantised form of a weight that is stored in FP8; the stored half-precision one goes when nothing reads it."""
         if (weight, axis) not in self._weights:
             name = weight.name or ""
-            factors = weight_scales(source.numpy(), axis, weight.dtype)
             shape = tuple(source.shape.numpy())
             if rounded is None:
+                factors = weight_scales(source.numpy(), axis, weight.dtype)
                 stored: ir.TensorProtocol = ir.LazyTensor(
                     lambda: ir.tensor(_rounded(source.numpy(), factors, axis), name=f"{name}.fp8"),
                     dtype=_E4M3, shape=ir.Shape(shape), name=f"{name}.fp8", cache=False,
                 )  # fmt: skip
             else:
                 rounded.check(name, shape[axis], shape[1 - axis])
-                if not np.array_equal(rounded.scale, factors):
+                factors = np.asarray(rounded.scale, np.float64)
+                held = factors.astype(weight.dtype.numpy()).astype(np.float64) if weight.dtype is not None else factors
+                if not np.array_equal(held, factors):
                     raise IsthmusError(
-                        f"the rounded weight {name} is on other scales than its own", hint="round it on those of weight_scales"
+                        f"the rounded weight {name} has scales that {weight.dtype} does not hold", hint="make them by quantize_fp8.scales"
                     )
                 stored = ir.tensor(np.ascontiguousarray(rounded.codes.T if axis == 1 else rounded.codes), name=f"{name}.fp8")
             value = ir.Value(name=f"{name}.fp8", type=ir.TensorType(_E4M3), shape=ir.Shape(shape), const_value=stored)

@@ -43,7 +43,7 @@ class QuantizeInt4(ir.passes.InPlacePass):
     Args:
         layers: The layers (see `choose`), whose `block` says what shares a scale.
         original: The float32 graph, from whose weights the codes are made.
-        weights: By the name of a weight, its codes on the scales of `weight_scales`; weights that are not named are rounded to nearest.
+        weights: By the name of a weight, its codes; weights that are not named are rounded to nearest, with scales of their largest values.
         corrections: By the name of a layer's node, (outputs,) what is added to its output.
         dtype: What the products compute in; those in another type are left alone.
 
@@ -172,9 +172,7 @@ def _unfit(node: ir.Node, layer: Layer, block: int) -> str:
 
 
 def weight_scales(weight: Array, axis: int, block: int) -> Array:
-    """(outputs, blocks) float32 scales of a matrix: the largest |value| of a block on the last code, as a number that float16 holds.
-
-    They are rounded upwards, so that the largest value does not saturate.
+    """(outputs, blocks) float32 scales of a matrix: of the largest |value| of each block, see `scales`.
 
     Args:
         weight: Two axes.
@@ -182,7 +180,14 @@ def weight_scales(weight: Array, axis: int, block: int) -> Array:
         block: Inputs that share a scale, of which there is a multiple.
     """
     rows = weight.T if axis == 1 else weight
-    largest = np.abs(rows.reshape(len(rows), -1, block)).max(axis=2).astype(np.float64)
+    return scales(np.abs(rows.reshape(len(rows), -1, block)).max(axis=2).astype(np.float64))
+
+
+def scales(largest: Array) -> Array:
+    """The scales (float32) that bring |values| of at most `largest` (float64) to the last code, as numbers that float16 holds.
+
+    They are rounded upwards, so that the largest value does not saturate. Where `largest` is 0, any scale will do: it is 1.
+    """
     exact = np.where(largest > 0, np.clip(largest / GRIDS[GRID].high, _SMALLEST, _LARGEST), 1.0)
     half = exact.astype(np.float16)
     above = np.minimum(np.nextafter(half, np.float16(np.inf)), np.float16(_LARGEST))

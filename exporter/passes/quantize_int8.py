@@ -27,6 +27,8 @@ WEIGHTS = "int8"
 
 _FIRST_AXIS = "const/int8.first_axis"
 
+_OUTPUT = "a convolution whose result is the model's own: ONNX Runtime convolves in integers where something reads the result in 8 bits"
+
 
 class QuantizeInt8(ir.passes.InPlacePass):
     """Puts QuantizeLinear and DequantizeLinear around the operands of the selected products of an activation and a weight.
@@ -150,8 +152,6 @@ class QuantizeInt8(ir.passes.InPlacePass):
         result = node.outputs[0]
         if result.name != layer.observed[1]:
             result = next(reader.outputs[0] for reader, _ in result.uses())  # a Relu, see `choose`
-        if not result.uses():
-            return  # nothing reads it in the graph: it stays an output in float32
         after = result.producer()
         assert after is not None
         users = list(result.uses())
@@ -243,6 +243,7 @@ def choose(selection: Selection, model: ir.Model) -> tuple[tuple[Layer, ...], tu
     """
     values = {layer.node: layer for layer in layer_values(model)}
     nodes = {node.name: node for node in model.graph}
+    unread = {value.name for value in model.graph.outputs if not value.uses()}
     layers, excluded = [], list(selection.excluded)
     for layer in selection.layers:
         node = nodes[layer.node]
@@ -251,7 +252,10 @@ def choose(selection: Selection, model: ir.Model) -> tuple[tuple[Layer, ...], tu
         elif is_op(node, "Conv"):
             found = values[layer.node]
             computed = found.result if found.activation == "Relu" else found.product
-            layers.append(dataclasses.replace(layer, observed=(*layer.observed, computed)))
+            if computed in unread:
+                excluded.append(Excluded(layer.node, layer.module, _OUTPUT))
+            else:
+                layers.append(dataclasses.replace(layer, observed=(*layer.observed, computed)))
         else:
             layers.append(layer)
     return tuple(layers), tuple(excluded)

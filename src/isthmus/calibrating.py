@@ -22,7 +22,7 @@ from isthmus.calibration.observe import Observer
 from isthmus.calibration.statistics import Gathering, peaks
 from isthmus.calibration.table import calibration_table
 from isthmus.calibration.verify import module_runner, to_array
-from isthmus.calibration.weights import gptq_weights
+from isthmus.calibration.weights import gptq_weights, scaled_weights
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter.destination import write_whole
 from isthmus.exporter.errors import Reason, UnknownNameError, UnsupportedError, UsageError
@@ -230,10 +230,19 @@ def rounded_job(
     data: CalibrationData,
     grid: WeightGrid,
     gathered: Gathering | None = None,
+    scales: str = "max",
 ) -> Job[Any]:
-    """The job with the weights of layers rounded by GPTQ, and the mean error that is left corrected; see `calibration.weights`."""
-    weights, added = gptq_weights(job.onnx, layers, observer, data.sets, grid, gathered=gathered)
-    return dataclasses.replace(job, weights=weights, corrections=added)
+    """The job with the weights of layers rounded by GPTQ, and the mean error that is left corrected; see `calibration.weights`.
+
+    In E4M3 it is not corrected: the mean error of rounding floats is small beside the rest (docs/calibration.md, "Scales of weights").
+    """
+    weights, added = gptq_weights(job.onnx, layers, observer, data.sets, grid, scales=scales, gathered=gathered)
+    return dataclasses.replace(job, weights=weights, corrections={} if grid == "e4m3" else added)
+
+
+def scaled_job(job: Job[Any], layers: Sequence[Layer], grid: WeightGrid, scales: str) -> Job[Any]:
+    """The job with the weights of layers rounded to nearest on scales that a calibrator chooses; see `calibration.weights`."""
+    return dataclasses.replace(job, weights=scaled_weights(job.onnx, layers, grid, scales))
 
 
 def calibrates(
@@ -246,6 +255,7 @@ def calibrates(
     preprocess: str | None,
     table: Path | None,
     rounding: str | None,
+    scales: str | None,
     smooth: float | None,
 ) -> bool:
     """Whether an export needs calibration data or a table. The arguments are those of `pipeline.export`, as they were given.
@@ -269,7 +279,7 @@ def calibrates(
             f"leave it out, or choose --precision {' or '.join(choose)}" if choose else "leave it out: no precision of this target has one"
         )
         _refuse(
-            {**of_data, **of_ranges, "--weight-rounding": rounding},
+            {**of_data, **of_ranges, "--weight-rounding": rounding, "--weight-scales": scales},
             f"{target.name} in {precision} is not calibrated, and has no use for all of these",
             why,
         )

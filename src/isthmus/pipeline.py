@@ -30,10 +30,11 @@ from isthmus.calibrating import (
     readers,
     rounded_job,
     sampler_of,
+    scaled_job,
     smoothed_job,
     warnings_of,
 )
-from isthmus.calibration.calibrator import CALIBRATORS
+from isthmus.calibration.calibrator import CALIBRATORS, channel_calibrator
 from isthmus.calibration.cases import cases_of_example, cases_of_spec
 from isthmus.calibration.data import check_preprocess, check_size
 from isthmus.calibration.metrics import DEFAULT_TOLERANCES
@@ -117,6 +118,7 @@ def export(
     calibration_preprocess: str | None = None,
     calibration_table: Path | None = None,
     weight_rounding: str | None = None,
+    weight_scales: str | None = None,
     smooth: float | None = None,
     recipe: Recipe | Path | None = None,
     sampler: str | None = None,
@@ -152,6 +154,8 @@ def export(
         calibration_table: The ranges themselves, in place of data: a file that `calibrate` wrote, or `calibration.json` of another bundle.
         weight_rounding: How weights are rounded in precisions that are calibrated or have a target's `rounded` weights: `nearest`, the
             default, or `gptq` (see `calibration.rounding`).
+        weight_scales: What the scale of each channel of a matrix represents in them, of each block in INT4: `max`, the default, or
+            `mse` (see `calibration.calibrator`).
         smooth: The alpha of SmoothQuant, from 0 to 1, see `passes.smooth_activations`; by default activations stay as they are.
         recipe: What `tune` found, or its file: precision, patterns of modules, and how ranges and weights are chosen. What else is asked
             for must not contradict it.
@@ -192,11 +196,12 @@ def export(
     check_size(calibration_size)
     calibrated = calibrates(
         chosen, precision, data=calibration_data, size=calibration_size, method=calibration_method, preprocess=calibration_preprocess,
-        table=calibration_table, rounding=weight_rounding, smooth=smooth,
+        table=calibration_table, rounding=weight_rounding, scales=weight_scales, smooth=smooth,
     )  # fmt: skip
     method = CALIBRATORS.entry(calibration_method or "max").name
     preprocess = parse_preprocess(calibration_preprocess) if calibration_preprocess is not None else None
     weight_rounding = _choose("weight rounding", weight_rounding, ROUNDINGS)
+    weight_scales = channel_calibrator(weight_scales or "max").name
     given = ranges.read_table(calibration_table) if calibration_table is not None else None
     check_preprocess(calibration_data, preprocess)
     destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
@@ -292,6 +297,7 @@ def export(
             raise UnsupportedError(
                 f"{target} does not support {source.name} in {precision}", reasons=reasons, hint="see `isthmus list targets` for the others"
             )
+    of_weights = {"weight_rounding": weight_rounding, "weight_scales": weight_scales, "smooth": smooth}
     manifest = Manifest(
         model=source.name,
         target=target,
@@ -302,7 +308,7 @@ def export(
             "seed": seed,
             "batch_size": batch_size,
             "sampler": sampler,
-            **({"weight_rounding": weight_rounding, "smooth": smooth} if calibrated or precision in chosen.rounded else {}),
+            **(of_weights if calibrated or precision in chosen.rounded else {}),
             **({"calibration_table": ranges.FILE} if given is not None else {}),
             **({"calibration_size": calibration_size} if calibration_size is not None else {}),
             **({"calibration_preprocess": calibration_preprocess} if calibration_preprocess is not None else {}),
@@ -361,7 +367,7 @@ def export(
                 job = dataclasses.replace(job, calibration=table)
                 bundles.write_text(folder / ranges.FILE, table.json_text())
                 if layers and data is not None:
-                    job = rounded_job(job, layers, observer, data, WEIGHT_GRIDS[precision], gathered)
+                    job = rounded_job(job, layers, observer, data, WEIGHT_GRIDS[precision], gathered, weight_scales)
             with step("checking the graph that was observed"):
                 plain = check_graph(observer, arrays, reference)
                 if chosen.opsets:
@@ -369,6 +375,9 @@ def export(
                 elif plain.verdict == "failed":
                     raise IsthmusError("the graph that is observed does not compute what PyTorch does", reasons=[Reason(plain.reason)])
                 del observer
+        if weight_scales != "max" and weight_rounding != "gptq":
+            with step("choosing the scales of weights"), settled():
+                job = scaled_job(job, chosen.quantised(job), WEIGHT_GRIDS[precision], weight_scales)
         with step(f"lowering to {target}"), settled():
             lowered = chosen.lower(job, folder)
             bundles.write_cases(folder / bundles.INPUTS, all_inputs)

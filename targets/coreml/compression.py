@@ -170,7 +170,7 @@ def compress(
                 entry |= {"bits": weight.bits, "reason": note}
             elif (found := _rounded(weight, calibration)) is not None:
                 codes.append((weight, found))
-                entry |= {"bits": scheme.bits, "how": f"{note}, rounded by GPTQ"}
+                entry |= {"bits": scheme.bits, "how": f"{note}, {found.how}"}
             else:
                 configs[weight.variable.op.name] = config
                 entry |= {"bits": scheme.bits, "how": note}

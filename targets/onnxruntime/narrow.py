@@ -51,9 +51,10 @@ def quantize(
     write = QuantizeInt4(chosen.layers, job.onnx, weights=job.weights, corrections=job.corrections, dtype=dtype)
     write(model)
     excluded = [*chosen.excluded, *write.skipped]
+    how = " and ".join(sorted({rounded.how for rounded in job.weights.values()})) or "rounded to nearest"
     notes = [
         f"the weights of {len(write.written)} matrix products are INT4 in blocks of {job.options.int4_block}, "
-        f"those of {len(excluded)} stay in {wide}; " + ("they are rounded by GPTQ" if job.weights else "they are rounded to nearest")
+        f"those of {len(excluded)} stay in {wide}; they are {how}"
     ]
     table = Table(
         name="int4-excluded",

@@ -79,6 +79,7 @@ def test_there_are_enough_faults_over_three_models():
     assert {fault.model for fault in FAULTS} == {"dit-tiny", "sana-tiny", "diffussm-tiny"}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("model", "precision"), sorted({(fault.model, fault.precision) for fault in FAULTS}))
 def test_nothing_is_found_where_there_is_no_fault(exported, model, precision):
     _, *parts = exported(model, precision)
@@ -117,7 +118,11 @@ SOME = {
         "the hourglass's skip is dropped", "the norm at the end has another epsilon",
     ),
 }  # fmt: skip
-"""Faults whose edits apply to a model with trained weights too: it has the names of the tiny one, and more blocks."""
+"""Faults whose edits apply to a model with trained weights too: it has the names of the tiny one, and more blocks.
+
+Of sana-tiny's, GELU's erf form in the caption's embedder is none here: on what the trained embedder computes both forms are 3.4e-7 apart,
+which is what float32 rounds by.
+"""
 
 
 @pytest.mark.matrix

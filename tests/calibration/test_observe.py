@@ -192,3 +192,22 @@ def test_a_padding_mask_is_written_as_onnx_runtime_wants_it():
     model = optimise(onnx_files.to_onnx(trace(Cross(), example), opset=23, input_names=["q", "mask"], output_names=["y"]))
     got = GraphSession(model).run({name: tensor.numpy() for name, tensor in example.items()})["y"]
     np.testing.assert_allclose(got, Cross()(**example).numpy(), atol=1e-5)
+
+
+def test_a_refusal_names_the_first_values_and_counts_the_others():
+    """NaN is passed on to everything behind it."""
+
+    class Deep(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.log(x)
+            for _ in range(24):
+                x = torch.tanh(x) * 2
+            return x
+
+    program = trace(Deep().eval(), {"x": torch.ones(2, 3)})
+    model = optimise(onnx_files.to_onnx(program, opset=23, input_names=["x"], output_names=["y"]))
+    names = [value.name for node in model.graph for value in node.outputs]
+    with pytest.raises(IsthmusError, match="NaN or Inf") as caught:
+        Observer(model, names).observe(CalibrationData("here", [{"x": np.full((2, 3), -1, np.float32)}]))
+    assert [reason.where for reason in caught.value.reasons] == [*names[:20], ""]
+    assert caught.value.reasons[-1].what == f"and {len(names) - 20} more values behind these"
