@@ -265,6 +265,7 @@ def test_the_python_api(foreign):
     assert found.apart["norm"].relative_l2 == pytest.approx(found.stage.over[0].error, rel=1e-3)
 
 
+@pytest.mark.matrix
 def test_errors_along_a_samplers_trajectory(tmp_path, made):
     isthmus.export("dit-digits", "onnxruntime", tmp_path / "digits", options={"threads": 1})
     rows = errors_by_timestep(tmp_path / "digits", count=2)

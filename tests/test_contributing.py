@@ -60,6 +60,7 @@ def test_the_published_size_has_the_parameters_that_its_summary_says(isthmus, tm
     assert f"{(blocks + stem + head + norm) / 1e6:.1f}" == "18.5"
 
 
+@pytest.mark.matrix
 def test_the_target_is_listed_and_exported_to(isthmus):
     assert "onnx-reference" in isthmus("list", "targets")
     assert "--verbose-nodes" in isthmus("export", "--help").partition("Options of onnx-reference:")[2]

@@ -19,13 +19,16 @@ from isthmus.models.flow import RectifiedFlowSampler
 
 from .architectures import CELLS, FIRST, REFUSALS, TINY, cell_of, marks_of, record, refused
 
+_LONG = ("sdxl-unet-tiny", "consistency-tiny", "ctm-tiny", "video-dit-tiny")
+
 
 def _is_swept_quickly(name: str, target: str) -> bool:
-    """What `make test` sweeps: one form of each system, where that takes least, and one of each kind of mixer on every target. Tensorrt's
-    graph is tensorrt-rtx's; each engine of that, and each asset of Core AI, is another process or two.
+    """What `make test` sweeps: one form of each system in ONNX Runtime, without U-Nets and videos, of 10 to 20 seconds each; Core ML for
+    one of each kind of mixer; every target for two. Tensorrt's graph is tensorrt-rtx's, where scans take plugins, for a minute.
     """
-    kinds = name in ("dit-tiny", "sana-tiny", "diffussm-tiny")
-    return name in FIRST and (target in ("onnxruntime", "coreml") or (kinds and target != "tensorrt"))
+    if target == "onnxruntime":
+        return name in FIRST and name not in _LONG
+    return (name in ("dit-tiny", "sana-tiny") and target != "tensorrt") or (name, target) == ("diffussm-tiny", "coreml")
 
 
 SWEPT = [
@@ -62,7 +65,18 @@ _DRAWING = {("onnxruntime", "fp32")}
 
 def _is_quick(name: str, target: str, precision: str) -> bool:
     """What `make test` runs; `make matrix` runs the others."""
+    slow = target in ("tensorrt", "tensorrt-rtx", "coreml")  # some seconds each
+    if slow and precision not in ("fp8", "w8a8", "palette4"):
+        return False
     return name == "dit-tiny" or (name == "dit-digits" and (target, precision) in _DRAWING)
+
+
+def _marks(name: str, target: str, precision: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Of models that draw pictures .ci/run takes dit-digits; the others in float32, and where ranges are calibrated on what they draw."""
+    if _is_quick(name, target, precision):
+        return ()
+    taken = name in TINY or name == "dit-digits" or (target, precision) in _DRAWING or precision in TARGETS[target].calibrated
+    return (pytest.mark.matrix,) if taken else (pytest.mark.matrix, pytest.mark.forms)
 
 
 COMBINATIONS = [
@@ -70,7 +84,7 @@ COMBINATIONS = [
         name,
         target,
         precision,
-        marks=[pytest.mark.xdist_group(f"{name}, {target}"), *(() if _is_quick(name, target, precision) else (pytest.mark.matrix,))],
+        marks=[pytest.mark.xdist_group(f"{name}, {target}"), *_marks(name, target, precision)],
     )
     for name in DEEP
     for target, precision in PRECISIONS

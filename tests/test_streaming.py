@@ -151,6 +151,7 @@ def test_mamba_with_as_many_streams_as_are_open(page):
         assert_within(stream(page / "out" / "model.onnx", sequence), at_once, "fp32")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["rwkv7_of_a_stream", "attention_of_a_stream"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_matrix_states(tmp_path, monkeypatch, name, precision):

@@ -11,7 +11,8 @@ from isthmus.exporter.spec import MODELS, SizeRange
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name.endswith(("-tiny", "-digits")) else (pytest.mark.matrix,)) for name in MODELS]
+    "name",
+    [pytest.param(name, marks=() if name.endswith(("-tiny", "-digits")) else (pytest.mark.matrix, pytest.mark.forms)) for name in MODELS],
 )
 def test_every_model_gives_two_inputs_that_differ_and_one_at_another_size(name: str) -> None:
     spec = MODELS[name].spec()

@@ -137,7 +137,10 @@ def test_a_node_in_a_function_is_looked_at_too() -> None:
 SSM_OPS = ("onnx27", "plugin", "decomposed")
 
 
-@pytest.mark.parametrize(("ssm_op", "precision"), [("plugin", "fp32"), ("plugin", "fp16"), ("decomposed", "fp16"), ("onnx27", "fp16")])
+_FORMS = [("plugin", "fp32"), *(pytest.param(form, "fp16", marks=pytest.mark.matrix) for form in ("plugin", "decomposed", "onnx27"))]
+
+
+@pytest.mark.parametrize(("ssm_op", "precision"), _FORMS)
 def test_a_model_with_scans_is_verified_in_every_form(ssm_op: str, precision: str, tmp_path: Path) -> None:
     result = pipeline.export(
         "diffussm-tiny",

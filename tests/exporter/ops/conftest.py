@@ -111,10 +111,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("swept", rows)
 
 
+_SLOW = ("tensorrt_quick", "coreml_fp16", "coreml_fp32", "coreai")
+"""What `make matrix` runs: the quick plugins launch the kernels of the others; Core ML and Core AI translate each case for a second or two,
+and test_coreml.py and test_coreai.py have the operators in `make test`."""
+
+_INTERPRETED = {"triton_interpreter": "float32", "tensorrt_launch": "float16"}
+"""The dtype in which `make test` runs what Triton's interpreter executes, which is slow; long cases are for `make matrix`, and so are the
+other dtypes, which differ where numbers are read and written."""
+
+
 def _marks(implementation: str, case: str, dtype: str) -> tuple[pytest.MarkDecorator, ...]:
-    """The quick plugins launch the kernels of the others; Triton's interpreter is slow, and takes most of its time in long cases."""
-    slow = implementation == "tensorrt_quick" or (implementation == "triton_interpreter" and ("long" in case or dtype != "float32"))
-    return (pytest.mark.matrix,) if slow else ()
+    if implementation in _SLOW:
+        return (pytest.mark.matrix,)
+    if implementation not in _INTERPRETED:
+        return ()
+    if dtype != _INTERPRETED[implementation]:
+        return (pytest.mark.matrix, pytest.mark.forms)
+    return (pytest.mark.matrix,) if "long" in case else ()
 
 
 @pytest.fixture

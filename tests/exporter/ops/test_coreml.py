@@ -63,6 +63,7 @@ def _scan_inputs(length, batch=2, channels=6, state=4, groups=2):
 SCAN = {"delta_softplus": True, "reverse": False}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", HARD)
 def test_the_passes_that_the_sweep_leaves_out_change_nothing(name, precision, sweep):

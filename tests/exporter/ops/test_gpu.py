@@ -140,6 +140,7 @@ def test_what_passes_32_bits_is_refused():
 
 
 @pytest.mark.matrix
+@pytest.mark.forms  # .ci/run calls `make kernels`
 def test_registers_shared_memory_and_spills_are_as_recorded():
     """Of two launches of each kernel function. `make kernels` compiles and checks all of them.
 
@@ -205,6 +206,7 @@ _TUNED = (
 _SPILLS = pytest.mark.xfail(strict=True, reason=_TUNED)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("name", "architecture"), [pytest.param(*row, marks=[_SPILLS] * (row[0] in ("linear_attention", "rwkv7"))) for row in ELSEWHERE]
 )
@@ -216,6 +218,7 @@ def test_no_kernel_spills_on_the_other_architectures(name, architecture):
     assert not any(spills.values()), spills
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", WITH)
 def test_tensor_cores_are_used_where_they_are_claimed(name):
     claimed = OPS[name].part("gpu").TENSOR_CORES

@@ -35,6 +35,7 @@ def _quantized(case, out):
     return node, exact, scales
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "out"), ROWS)
 def test_every_case_agrees_with_the_reference_of_the_dequantised_inputs(sweep, name, out):
     case = next(c for c in CASES if c.name == name)

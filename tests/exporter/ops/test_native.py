@@ -314,6 +314,7 @@ def describe(x, path):
     return f"{path} {binding.DTYPES[str(x.dtype)]} {x.itemsize} {x.ndim} {' '.join(map(str, x.shape))}"
 
 
+@pytest.mark.matrix
 def test_no_read_or_write_outside_a_tensor(tmp_path, sweep):
     """Odd sizes under AddressSanitizer and UndefinedBehaviorSanitizer, at the best instruction set of this machine."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))

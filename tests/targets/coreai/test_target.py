@@ -51,6 +51,7 @@ class TestExport:
         assert stages["device"].verdict == "not run"
         assert "iOS 27" in stages["device"].reason
 
+    @pytest.mark.matrix
     def test_writes_the_same_bytes_again(self, bundle, tmp_path):
         again = isthmus.export("dit-tiny", "coreai", tmp_path / "b", precision="fp16")
         files = {name: digest for name, digest in bundle.manifest.files.items() if name.startswith("model.aimodel/")}
@@ -71,6 +72,7 @@ class TestExport:
                 CoreAIRunner(copy, {}, timeout=60)
             shutil.rmtree(copy)
 
+    @pytest.mark.matrix
     def test_a_changed_program_is_told_by_its_hash(self, bundle, tmp_path):
         copy = shutil.copytree(bundle.bundle / "model.aimodel", tmp_path / "model.aimodel")
         data = bytearray((copy / "main.mlirb").read_bytes())

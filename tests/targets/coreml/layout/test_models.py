@@ -76,7 +76,7 @@ def test_every_tiny_model_is_the_same_laid_out_or_refused(name: str) -> None:
     assert _counts(laid_out) != _counts(program) or left(program), "a model that is taken is laid out, or it is said what stays"
 
 
-@pytest.mark.parametrize("name", TRANSPOSES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.matrix] * name.endswith("-digits")) for name in TRANSPOSES])
 def test_a_network_of_blocks_keeps_the_layout(name: str) -> None:
     program, inputs = _exported(name)
     laid_out, split = _laid_out(program, inputs, both=name.endswith("-tiny"))
