@@ -121,13 +121,9 @@ other dtypes, which differ where numbers are read and written."""
 
 
 def _marks(implementation: str, case: str, dtype: str) -> tuple[pytest.MarkDecorator, ...]:
-    if implementation in _SLOW:
-        return (pytest.mark.matrix,)
-    if implementation not in _INTERPRETED:
-        return ()
-    if dtype != _INTERPRETED[implementation]:
-        return (pytest.mark.matrix, pytest.mark.forms)
-    return (pytest.mark.matrix,) if "long" in case else ()
+    interpreted = _INTERPRETED.get(implementation)
+    slow = implementation in _SLOW or (interpreted is not None and ("long" in case or dtype != interpreted))
+    return (pytest.mark.matrix,) if slow else ()
 
 
 @pytest.fixture
