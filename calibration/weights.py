@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from ..exporter.grids import GRIDS, Parameters, RoundedWeight, WeightGrid
+from ..exporter.grids import GRIDS, Parameters, RoundedWeight, WeightGrid, scale_of_each
 from ..exporter.passes import quantize_fp8, quantize_int4
 from ..exporter.passes.fp8_layers import Layer
 from ..exporter.spec import Arrays
@@ -95,8 +95,7 @@ def scaled_weights(model: ir.Model, layers: Sequence[Layer], grid: WeightGrid, s
         stored = tensor.numpy()
         weight = stored.T if layer.axis == 1 else stored
         scale = weight_scales(stored, layer, grid, scales)
-        spread = np.repeat(scale.astype(np.float64).reshape(len(scale), -1), weight.shape[1] // (scale.size // len(scale)), axis=1)
-        codes = GRIDS[grid].codes(weight, Parameters(spread, 0.0)).astype(np.float32).astype(_CODES[grid])
+        codes = GRIDS[grid].codes(weight, Parameters(scale_of_each(scale, weight.shape[1]), 0.0)).astype(np.float32).astype(_CODES[grid])
         found[name] = RoundedWeight(codes, scale, f"rounded to nearest with scales by {scales}")
     return found
 

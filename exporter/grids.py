@@ -52,6 +52,17 @@ class Parameters(NamedTuple):
     zero_point: Any
 
 
+def scale_of_each(scale: Array, inputs: int) -> Float64:
+    """(outputs, inputs), the scale of each number of a weight.
+
+    Args:
+        scale: (outputs,), or (outputs, groups) where so many groups of neighbouring inputs have a scale of their own.
+        inputs: A multiple of the groups.
+    """
+    rows = scale.astype(np.float64).reshape(len(scale), -1)
+    return np.repeat(rows, inputs // rows.shape[1], axis=1)
+
+
 @dataclass(frozen=True)
 class RoundedWeight:
     """The codes of a layer's weight, when they are not those that are nearest on the scales of its largest values.
@@ -80,8 +91,7 @@ class RoundedWeight:
 
     def read(self) -> Float64:
         """(outputs, inputs), what is read back."""
-        scale = self.scale.astype(np.float64).reshape(len(self.scale), -1)
-        return self.codes.astype(np.float64) * np.repeat(scale, self.codes.shape[1] // scale.shape[1], axis=1)
+        return self.codes.astype(np.float64) * scale_of_each(self.scale, self.codes.shape[1])
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def marks_of(name: str, *, quick: bool, first: bool = True) -> tuple[pytest.Mark
     """
     if quick:
         return ()
-    return (pytest.mark.matrix,) if first and name in FIRST else (pytest.mark.matrix, pytest.mark.forms)
+    return (pytest.mark.matrix,) if first and name in FIRST else (pytest.mark.matrix, pytest.mark.full)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def _written(folder: Path, hashes: str, model: str, target: str, precision: str,
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name != "dit-digits in int8")) for name in CASES])
 def test_one_seed_gives_one_bundle(name: str, tmp_path: Path) -> None:
     first, second = (_written(tmp_path / hashes, hashes, *CASES[name]) for hashes in ("1", "2"))
     assert {"calibration.json", "model.onnx"} <= set(first)

@@ -36,7 +36,10 @@ SWEPT = [
         name,
         target,
         precision,
-        marks=[pytest.mark.xdist_group(name), *marks_of(name, quick=_is_swept_quickly(name, target), first=target != "tensorrt")],
+        marks=[
+            pytest.mark.xdist_group(name),
+            *marks_of(name, quick=_is_swept_quickly(name, target), first=target in ("tensorrt-rtx", "coreml") and name not in _LONG),
+        ],
     )
     for name in TINY
     for target, precision in CELLS
@@ -72,11 +75,11 @@ def _is_quick(name: str, target: str, precision: str) -> bool:
 
 
 def _marks(name: str, target: str, precision: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Of models that draw pictures .ci/run takes dit-digits; the others in float32, and where ranges are calibrated on what they draw."""
+    """Of models that draw pictures .ci/run takes dit-digits where ranges are calibrated on what it draws."""
     if _is_quick(name, target, precision):
         return ()
-    taken = name in TINY or name == "dit-digits" or (target, precision) in _DRAWING or precision in TARGETS[target].calibrated
-    return (pytest.mark.matrix,) if taken else (pytest.mark.matrix, pytest.mark.forms)
+    taken = name == "dit-tiny" or (name == "dit-digits" and (target, precision) in (("onnxruntime", "int8"), ("tensorrt", "fp8")))
+    return (pytest.mark.matrix,) if taken else (pytest.mark.matrix, pytest.mark.full)
 
 
 COMBINATIONS = [

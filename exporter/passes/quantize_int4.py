@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from ..grids import GRIDS, Parameters, RoundedWeight
+from ..grids import GRIDS, Parameters, RoundedWeight, scale_of_each
 from ._quantized import constant_of, drop_unread, put_in_place
 from ._rewrite import attribute_int, constant_tensor, dims, input_at, is_op, new_node
 from .fp8_layers import Excluded, Layer, Selection, select
@@ -197,8 +197,7 @@ def scales(largest: Array) -> Array:
 def nearest(weight: Array, scale: Array, axis: int) -> Array:
     """(outputs, inputs) codes of a matrix, to nearest; the arguments are those of `weight_scales`, and what it gives."""
     rows = weight.T if axis == 1 else weight
-    spread = np.repeat(scale.astype(np.float64), rows.shape[1] // scale.shape[1], axis=1)
-    return GRIDS[GRID].codes(rows, Parameters(spread, 0.0)).astype(np.int8)
+    return GRIDS[GRID].codes(rows, Parameters(scale_of_each(scale, rows.shape[1]), 0.0)).astype(np.int8)
 
 
 def _stored(codes: Array) -> Array:

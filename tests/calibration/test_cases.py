@@ -12,7 +12,7 @@ from isthmus.exporter.spec import MODELS, SizeRange
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name.endswith(("-tiny", "-digits")) else (pytest.mark.matrix, pytest.mark.forms)) for name in MODELS],
+    [pytest.param(name, marks=() if name.endswith(("-tiny", "-digits")) else (pytest.mark.matrix, pytest.mark.full)) for name in MODELS],
 )
 def test_every_model_gives_two_inputs_that_differ_and_one_at_another_size(name: str) -> None:
     spec = MODELS[name].spec()

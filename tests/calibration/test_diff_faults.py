@@ -126,7 +126,7 @@ which is what float32 rounds by.
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("model", SOME)
+@pytest.mark.parametrize("model", ["dit-digits", *(pytest.param(name, marks=pytest.mark.full) for name in SOME if name != "dit-digits")])
 def test_bisect_names_the_right_module_of_trained_models(exported, model):
     _, graph, reference, cases = exported(model, "fp32")
     assert bisected(graph, reference, cases, "fp32") is None

@@ -55,6 +55,7 @@ finally:
 
 
 @pytest.mark.matrix
+@pytest.mark.full
 def test_the_peak_of_a_diff_is_that_of_its_memory(tmp_path):
     (tmp_path / "activations.py").write_text(MODEL)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)])}

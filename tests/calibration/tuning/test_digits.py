@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.matrix
+pytestmark = [pytest.mark.matrix, pytest.mark.full]
 
 # One way to find ranges and weights, and few inputs: what is looked at here is not how good a recipe is.
 QUICK = ("--calibration-method", "max", "--weight-rounding", "nearest", "--held-out", "4")

@@ -115,12 +115,17 @@ _SLOW = ("tensorrt_quick", "coreml_fp16", "coreml_fp32", "coreai")
 """What `make matrix` runs: the quick plugins launch the kernels of the others; Core ML and Core AI translate each case for a second or two,
 and test_coreml.py and test_coreai.py have the operators in `make test`."""
 
+_FULL = ("tensorrt_quick", "coreml_fp32")
+"""Of these, what .ci/run leaves to `make matrix`: the sweep has the same kernels and the same program otherwise."""
+
 _INTERPRETED = {"triton_interpreter": "float32", "tensorrt_launch": "float16"}
 """The dtype in which `make test` runs what Triton's interpreter executes, which is slow; long cases are for `make matrix`, and so are the
 other dtypes, which differ where numbers are read and written."""
 
 
 def _marks(implementation: str, case: str, dtype: str) -> tuple[pytest.MarkDecorator, ...]:
+    if implementation in _FULL:
+        return (pytest.mark.matrix, pytest.mark.full)
     interpreted = _INTERPRETED.get(implementation)
     slow = implementation in _SLOW or (interpreted is not None and ("long" in case or dtype != interpreted))
     return (pytest.mark.matrix,) if slow else ()

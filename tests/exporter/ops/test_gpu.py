@@ -140,7 +140,7 @@ def test_what_passes_32_bits_is_refused():
 
 
 @pytest.mark.matrix
-@pytest.mark.forms  # .ci/run calls `make kernels`
+@pytest.mark.full  # .ci/run calls `make kernels`
 def test_registers_shared_memory_and_spills_are_as_recorded():
     """Of two launches of each kernel function. `make kernels` compiles and checks all of them.
 
