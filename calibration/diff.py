@@ -123,7 +123,7 @@ def apart(reference: Reference, a: Values, b: Values, cases: Mapping[str, Arrays
         pages = [side.pages([side.name(call, j) for call, j in both], memory // 2) for side in sides]
         for call, j in both:
             arrays = [
-                side.places[call.key].outputs[j].arranged(page.take(side.name(call, j)), call.outputs[j].shape)  # type: ignore[union-attr]
+                side.places[call.key].outputs[j].arranged(page.take(side.name(call, j)), call.outputs[j].shape)  # type: ignore[union-attr]  # seen above
                 for side, page in zip(sides, pages, strict=True)
             ]
             figures = measured(*arrays)

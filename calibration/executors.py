@@ -142,7 +142,7 @@ class Ray:
     def __init__(self, address: str, *, module: Any = None) -> None:
         if module is None:
             try:
-                import ray as module  # type: ignore[import-not-found,no-redef]
+                import ray as module  # type: ignore[import-not-found,no-redef]  # an extra
             except ImportError as error:
                 raise MachineError(
                     "--executor ray runs trials with Ray, which is not installed", hint="pip install ray; or leave --executor out"

@@ -156,7 +156,7 @@ def holds_pictures(path: Path) -> bool:
 
 def _taken(path: str, given: object, size: int) -> Iterator[object]:
     try:
-        iterator = iter(given)  # type: ignore[call-overload]
+        iterator = iter(given)  # type: ignore[call-overload]  # anything may be given
     except TypeError as error:
         raise UsageError(
             f"--calibration-data: {path} gave a {type(given).__name__}, expected an iterable of mappings from names to arrays"

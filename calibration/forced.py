@@ -45,7 +45,7 @@ class Forced(Visitor):
             for call in calls
         }
 
-    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002
+    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002 - as its kin
         """The program's values in the place of a call's arguments. What differs is an error of the code around the call."""
         call, place = self._calls[key], self._places[key]
         self._running[key] = run
@@ -75,7 +75,7 @@ class Forced(Visitor):
             replaced[i] = theirs
         return replaced
 
-    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002
+    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002 - as its kin
         """The program's values in the place of a call's results. What differs is an error of the module."""
         replaced: dict[int, torch.Tensor] = {}
         self._events += 1
@@ -168,12 +168,12 @@ class _Catcher(Visitor):
         self._key, self._position, self._argument = key, position, argument
         self.array: Array | None = None
 
-    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002
+    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002 - as its kin
         if self._argument and key == self._key:
             self.array = to_array(tensors[self._position])
         return {}
 
-    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002
+    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002 - as its kin
         if not self._argument and key == self._key:
             self.array = to_array(tensors[self._position])
         return {}

@@ -138,7 +138,7 @@ class _Rounded(fx.Interpreter):
             return result
         name = _operator(n.target)
         if name == "getitem" and isinstance(source := n.args[0], fx.Node) and (op := _custom(source)) is not None:
-            if not op.outputs[int(n.args[1])].wide:  # type: ignore[arg-type]
+            if not op.outputs[int(n.args[1])].wide:  # type: ignore[arg-type]  # getitem's is a number
                 self._low.add(n)
             return result
         floats = [a for a in n.all_input_nodes if _is_float(a.meta.get("val"))]

@@ -88,7 +88,7 @@ class Run(Protocol):
 class Visitor:
     """Sees every call of a module. What it returns stands in the place of what went by."""
 
-    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002
+    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002 - as its kin
         """Before a call.
 
         Args:
@@ -99,7 +99,7 @@ class Visitor:
         """
         return {}
 
-    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002
+    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002 - as its kin
         """After a call, with the tensors among its results."""
         return {}
 
@@ -184,7 +184,7 @@ class _Recorder(Visitor):
         self.order: list[str] = []
         self.calls: dict[str, Call] = {}
 
-    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002
+    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002 - as its kin
         self._inputs[key] = tuple(map(_seen, tensors))
         self._stack.append(key)
         self.order.append(key)
@@ -203,7 +203,7 @@ class _Reader(Visitor):
         self._wanted = wanted
         self.found: dict[Output, np.ndarray[Any, Any]] = {}
 
-    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002
+    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002 - as its kin
         self.found.update({(key, i): to_array(t) for i, t in enumerate(tensors) if (key, i) in self._wanted})
         return {}
 

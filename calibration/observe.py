@@ -99,7 +99,7 @@ class Observer:
     def _has_rows(self, name: str, timestep: str) -> bool:
         """Whether the first axis of a value is that of the timestep: then its rows are samples."""
         rows, shape = self._inputs.get(timestep), self._shapes[name]
-        return bool(rows) and bool(shape) and shape[0] is not None and rows[0] == shape[0]  # type: ignore[index]
+        return bool(rows) and bool(shape) and shape[0] is not None and rows[0] == shape[0]  # type: ignore[index]  # rows are numbers
 
     def _groups(self, names: Sequence[str], inputs: Arrays) -> Iterator[list[str]]:
         """Names whose values are held together; of a value whose size is not known it is assumed that it takes all."""

@@ -162,7 +162,7 @@ def read_cases(path: Path, *, limit_bytes: int = 16 * 2**30) -> dict[str, dict[s
 
 def _array_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)  # type: ignore[no-untyped-call]
+        version = np.lib.format.read_magic(member)  # type: ignore[no-untyped-call]  # untyped
         read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
         return int(math.prod(shape) * dtype.itemsize)

@@ -61,7 +61,7 @@ def parse_preprocess(text: str) -> Preprocess:
                 reasons.append(Reason(f"got {value!r}, expected {error}", where=key))
     if reasons:
         raise UsageError("--calibration-preprocess cannot be read", reasons=reasons, hint=f"for example {EXAMPLE!r}")
-    return Preprocess(**found)  # type: ignore[arg-type]
+    return Preprocess(**found)  # type: ignore[arg-type]  # each is of its reader's type
 
 
 def _name(text: str) -> str:

@@ -308,7 +308,7 @@ class Target(ABC, Generic[O]):
 
 TARGETS: Registry[type[Target[BaseModel]]] = Registry("target", "targets", "register_target")
 
-C = TypeVar("C", bound=type[Target])  # type: ignore[type-arg]
+C = TypeVar("C", bound=type[Target])  # type: ignore[type-arg]  # of any options
 
 
 def target_options(target: Target[O], given: Mapping[str, object]) -> O:

@@ -73,25 +73,25 @@ class UNetConfig(Protocol):
     def sample_size(self) -> int: ...  # noqa: D102 - see ConsistencyConfig, as for the others
 
     @property
-    def in_channels(self) -> int: ...  # noqa: D102
+    def in_channels(self) -> int: ...  # noqa: D102 - as above
 
     @property
-    def widths(self) -> tuple[int, ...]: ...  # noqa: D102
+    def widths(self) -> tuple[int, ...]: ...  # noqa: D102 - as above
 
     @property
-    def layers(self) -> int: ...  # noqa: D102
+    def layers(self) -> int: ...  # noqa: D102 - as above
 
     @property
-    def attention(self) -> tuple[bool, ...]: ...  # noqa: D102
+    def attention(self) -> tuple[bool, ...]: ...  # noqa: D102 - as above
 
     @property
-    def head_dim(self) -> int: ...  # noqa: D102
+    def head_dim(self) -> int: ...  # noqa: D102 - as above
 
     @property
-    def norm_groups(self) -> int: ...  # noqa: D102
+    def norm_groups(self) -> int: ...  # noqa: D102 - as above
 
     @property
-    def num_classes(self) -> int: ...  # noqa: D102
+    def num_classes(self) -> int: ...  # noqa: D102 - as above
 
 
 def check_unet(config: UNetConfig) -> None:

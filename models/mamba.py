@@ -169,7 +169,7 @@ class Mamba1Block(MambaCore):
         self.in_proj = nn.Linear(width, 2 * inner, bias=bias)
         self.out_proj = nn.Linear(inner, width, bias=bias)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # with a state
         self, x: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes a sequence.

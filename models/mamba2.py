@@ -101,7 +101,7 @@ class GatedRMSNorm(RMSNorm):
         super().__init__(dim, eps)
         self.groups = groups
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]  # with a gate
         """X and gate (…, dim), to the same shape."""
         gated = x * F.silu(gate)
         if self.groups == 1:

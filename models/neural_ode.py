@@ -217,13 +217,13 @@ def solve_adaptive(field: Field, y: Tensor, config: NeuralODEConfig) -> tuple[Te
         return go > 0
 
     def once(*carried: Tensor) -> State:
-        return attempt(field, method, carried, config)  # type: ignore[arg-type]
+        return attempt(field, method, carried, config)  # type: ignore[arg-type]  # of a method with an error
 
     if not config.loop:
         for _ in range(config.max_steps):
             state = once(*state)
     elif torch.compiler.is_compiling():
-        state = torch.while_loop(again, once, state)  # type: ignore[no-untyped-call]
+        state = torch.while_loop(again, once, state)  # type: ignore[no-untyped-call]  # untyped
     else:  # the same, without having torch compile it
         while again(*state):
             state = once(*state)
@@ -285,7 +285,7 @@ class ConvField(nn.Module):
         """States of C x size x size in one row each, (B, D), to slopes (B, D)."""
         x = self.conv1(t, F.relu(self.norm1(y.reshape(self.shape))))
         x = self.norm3(self.conv2(t, F.relu(self.norm2(x))))
-        return x.flatten(1)  # type: ignore[no-any-return]
+        return x.flatten(1)  # type: ignore[no-any-return]  # untyped
 
 
 class ODEBlock(nn.Module):

@@ -352,7 +352,7 @@ class TiTok(nn.Module):
         kept = torch.arange(self.config.num_latent_tokens, device=indices.device) < length.unsqueeze(-1)
         out: Tensor = self.decoder(self.quantize.entries(indices) * kept.unsqueeze(-1).float())
         if self.config.legacy:
-            table: Tensor = self.pixel_quantize.embedding.weight  # type: ignore[assignment, union-attr]
+            table: Tensor = self.pixel_quantize.embedding.weight  # type: ignore[assignment, union-attr]  # there in the legacy form
             mean = torch.matmul(out.softmax(1).permute(0, 2, 3, 1), table)
             out = self.pixel_decoder(mean.permute(0, 3, 1, 2))
         return out

@@ -393,7 +393,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--dynamic names the input z"):
         isthmus.export(pair, "onnxruntime", tmp_path / "b", dynamic=[Dynamic("z", 0, SizeRange(1, 2, 3))])
     with pytest.raises(UnsupportedError, match="not all tensors"):
-        isthmus.export((pair[0], (pair[1][0], 3.0)), "onnxruntime", tmp_path / "b")  # type: ignore[arg-type]
+        isthmus.export((pair[0], (pair[1][0], 3.0)), "onnxruntime", tmp_path / "b")  # type: ignore[arg-type]  # refused
     with pytest.raises(UnsupportedError, match="by keyword only"):
         isthmus.export(KeywordOnly(), "onnxruntime", tmp_path / "b", inputs={"x": torch.ones(2)})
     with pytest.raises(UsageError, match="settings of dit-tiny contradict"):

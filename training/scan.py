@@ -58,7 +58,7 @@ def sequential_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
     """`isthmus.models.mamba.scan`, token by token, in the dtype of `u`, once differentiable. Shapes as there."""
     delta = F.softplus(delta + delta_bias)
     tokens = [x.flip(1) if reverse else x for x in (u, delta, B, C)]
-    y: Tensor = _Scan.apply(tokens[0], tokens[1], A, tokens[2], tokens[3])  # type: ignore[no-untyped-call]
+    y: Tensor = _Scan.apply(tokens[0], tokens[1], A, tokens[2], tokens[3])  # type: ignore[no-untyped-call]  # untyped
     return (y.flip(1) if reverse else y) + u * D
 
 

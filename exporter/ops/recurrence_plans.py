@@ -75,12 +75,12 @@ def _workspace(r: Recurrence, *more: Workspace) -> tuple[Workspace, ...]:
 
 
 def _launch(r: Recurrence, kernel: object, grid: tuple[str, str, str], constants: Mapping[str, int | bool], **extra: object) -> Launch:
-    parameters = kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]  # type: ignore[attr-defined]
+    parameters = kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]  # type: ignore[attr-defined]  # Triton's functions are untyped
     names = {"heads": r.heads, "repeats": r.repeats, "gated": str(int(r.decay > 0))} | dict(r.names)
     if not r.decay:  # what is never touched is some address
         names |= {"decay": "y"} | ({"totals": "states"} if r.removal is None else {})
     rename = {p: names[p] for p in parameters if p in names and p not in constants and names[p] != p}
-    return Launch(kernel, grid, constants, rename, divisible=_DIVISIBLE.intersection(parameters), multiple=_MULTIPLE, **extra)  # type: ignore[arg-type]
+    return Launch(kernel, grid, constants, rename, divisible=_DIVISIBLE.intersection(parameters), multiple=_MULTIPLE, **extra)  # type: ignore[arg-type]  # by keyword
 
 
 def _plan(

@@ -14,7 +14,7 @@ from ..op import DOMAIN, CustomOp
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 # Lives as long as the process: torch forgets the operators of a library that is collected.
-_LIBRARY: Any = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # untyped
 
 Compute = Callable[[dict[str, Tensor], dict[str, Any]], tuple[Tensor, ...]]
 """Computes the outputs from the inputs that are given and all attributes. The inputs fit each other, and no output may alias an input."""
@@ -61,7 +61,7 @@ def define(op: CustomOp, compute: Compute) -> Callable[..., Any]:
     torch.library.register_fake(f"{DOMAIN}::{op.name}", fake, lib=_LIBRARY)
     # Without it torch would let a gradient end here, with no more than a warning.
     torch.library.register_autograd(f"{DOMAIN}::{op.name}", backward, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, DOMAIN), op.name)  # type: ignore[no-any-return]
+    return getattr(getattr(torch.ops, DOMAIN), op.name)  # type: ignore[no-any-return]  # untyped
 
 
 def signature(op: CustomOp) -> str:

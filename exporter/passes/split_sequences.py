@@ -72,7 +72,7 @@ def _split(scope: Scope, node: ir.Node) -> bool:
         new = new_node(node, "Split", [source, parts], {"axis": axis}, outputs=len(sizes))
     scope.graph.insert_before(node, new)
     for part, length in zip(new.outputs, sizes, strict=True):
-        part.dtype = source.dtype  # type: ignore[assignment]
+        part.dtype = source.dtype  # type: ignore[assignment]  # may be unknown, as its source's
         part.shape = ir.Shape([*shape[:axis], length, *shape[axis + 1 :]])
     for user, index in zip(users, indices, strict=True):
         part = new.outputs[index]

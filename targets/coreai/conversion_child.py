@@ -102,7 +102,7 @@ def _converter(library: Any) -> Any:
     from coreai._compiler.ir import DenseResourceElementsAttr
     from coreai_torch._utils import get_tensor_type
 
-    class Converter(library.TorchConverter):  # type: ignore[misc]
+    class Converter(library.TorchConverter):  # type: ignore[misc]  # untyped
         weights = 0
 
         def _constant_from_tensor(self, tensor: torch.Tensor) -> Any:

@@ -39,7 +39,7 @@ def is_control_flow(node: Node) -> bool:
     """Whether a node calls one of `OPERATORS`."""
     import torch
 
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target.name()) in OPERATORS  # type: ignore[no-untyped-call]
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target.name()) in OPERATORS  # type: ignore[no-untyped-call]  # untyped
 
 
 def subgraphs(node: Node) -> list[GraphModule]:
@@ -174,17 +174,17 @@ class _Scan(_Construct):
 
 def _cond(node: Node, graphs: list[GraphModule]) -> tuple[_Construct, list[Any]]:
     predicate, _, _, operands = node.args
-    return _Cond(graphs), [predicate, *operands]  # type: ignore[misc]
+    return _Cond(graphs), [predicate, *operands]  # type: ignore[misc]  # fx's arguments are a union
 
 
 def _while_loop(node: Node, graphs: list[GraphModule]) -> tuple[_Construct, list[Any]]:
     _, _, carried, read = node.args
-    return _While(graphs, len(carried)), [*carried, *read]  # type: ignore[arg-type,misc]
+    return _While(graphs, len(carried)), [*carried, *read]  # type: ignore[arg-type,misc]  # fx's arguments are a union
 
 
 def _scan(node: Node, graphs: list[GraphModule]) -> tuple[_Construct, list[Any]]:
     _, start, sequences, read = node.args
-    return _Scan(graphs, len(start), len(sequences)), [*start, *sequences, *read]  # type: ignore[arg-type,misc]
+    return _Scan(graphs, len(start), len(sequences)), [*start, *sequences, *read]  # type: ignore[arg-type,misc]  # fx's arguments are a union
 
 
 _CONSTRUCTS: Mapping[str, Callable[[Node, list[GraphModule]], tuple[_Construct, list[Any]]]] = {

@@ -193,7 +193,7 @@ def _is_passing(node: Node) -> bool:
     (user,) = node.users
     next_kind = kind_of(user.target) if user.op == "call_function" else ""
     if kind in _RESHAPES:
-        return next_kind in _MOVES and node.args[0].meta["val"].dim() <= HIGHEST_RANK  # type: ignore[union-attr]
+        return next_kind in _MOVES and node.args[0].meta["val"].dim() <= HIGHEST_RANK  # type: ignore[union-attr]  # fx's arguments are a union
     ends = next_kind in _RESHAPES and user.meta["val"].dim() <= HIGHEST_RANK
     return ends or (next_kind in _COPIES and _is_passing(user))
 
@@ -239,11 +239,11 @@ def _changes_nothing(node: Node, keyword: str, value: Any) -> bool:
 
     if value is None:
         return True
-    schema = {argument.name: argument for argument in node.target._schema.arguments}  # type: ignore[union-attr]
+    schema = {argument.name: argument for argument in node.target._schema.arguments}  # type: ignore[union-attr]  # fx's arguments are a union
     if keyword != "dtype":
         return bool(schema[keyword].has_default_value() and value == schema[keyword].default_value)
     first = node.args[0] if node.args else None
-    tensor = first.meta.get("val") if hasattr(first, "meta") else None  # type: ignore[union-attr]
+    tensor = first.meta.get("val") if hasattr(first, "meta") else None  # type: ignore[union-attr]  # fx's arguments are a union
     if isinstance(tensor, torch.Tensor):
         return bool(tensor.dtype == value)
     numbers = [argument for argument in node.args if isinstance(argument, int | float)]
@@ -260,7 +260,7 @@ Check = Callable[["Node"], Iterator[tuple[str, str]]]
 
 def _argument(node: Node, name: str) -> Any:
     """An argument by its name in the schema, its default where it is left out."""
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]  # fx's arguments are a union
         if argument.name == name:
             if name in node.kwargs:
                 return node.kwargs[name]
@@ -281,7 +281,7 @@ def _sampled(node: Node) -> Iterator[tuple[str, str]]:
 
 
 def _indices(node: Node) -> Iterator[tuple[str, str]]:
-    if any(user.target.__name__ == "getitem" and user.args[1] == 1 for user in node.users):  # type: ignore[union-attr]
+    if any(user.target.__name__ == "getitem" and user.args[1] == 1 for user in node.users):  # type: ignore[union-attr]  # fx's arguments are a union
         yield f"{node.target} with its indices (return_indices=True): coremltools has the values alone", "write the pooling without them"
 
 
@@ -292,7 +292,7 @@ def _training(node: Node) -> Iterator[tuple[str, str]]:
 
 
 def _resized(node: Node) -> Iterator[tuple[str, str]]:
-    values = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    values = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]  # fx's arguments are a union
     if not all(isinstance(size, int) for value in values for size in value.shape[2:]):
         yield f"{node.target} of an image whose size varies, or to one that does", "fix the size"
 

@@ -20,7 +20,7 @@ from .integers import integer_products, quantize
 from .ssm_op import write_ssm_op
 
 
-def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]
+def lower(job: Job, path: Path) -> Lowered:  # type: ignore[type-arg]  # of any options
     """Writes `job.onnx` to `path` in the precision asked for, and checks the file.
 
     Raises:

@@ -61,7 +61,7 @@ frame.src = "report.html";
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):  # noqa: ARG002
+    def log_message(self, *arguments):  # noqa: ARG002 - nothing is logged
         self.server.asked.append(self.path)
 
 

@@ -35,7 +35,7 @@ def add(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("optimization", ["disable", "basic", "extended", "all"])
 def test_a_runner_executes_and_names_its_provider(add: Path, optimization: str) -> None:
-    with OnnxRuntimeRunner(add, optimization=optimization, threads=1) as runner:  # type: ignore[arg-type]
+    with OnnxRuntimeRunner(add, optimization=optimization, threads=1) as runner:  # type: ignore[arg-type]  # a string will do
         outputs = runner.run({"x": np.ones((2, 3), np.float32), "y": np.arange(3, dtype=np.float32)})
         assert runner.device == "CPUExecutionProvider"
     np.testing.assert_array_equal(outputs["z"], [[1, 2, 3], [1, 2, 3]])
@@ -237,7 +237,7 @@ def test_onnx_runtime_still_refuses_the_standard_convolution_of_dynamic_channels
 def test_a_model_without_our_operators_is_left_as_it_is(ssm_op: str) -> None:
     model = ir.from_onnx_text(ADD)
     before = str(model)
-    assert write_ssm_op(model, ssm_op) == []  # type: ignore[arg-type]
+    assert write_ssm_op(model, ssm_op) == []  # type: ignore[arg-type]  # a string will do
     assert str(model) == before
 
 

@@ -108,7 +108,7 @@ def _rewritten(function: Callable[..., Any]) -> Callable[..., Any]:
             namespace[name] = _rewritten(namespace[name].fn)
     # Triton patches the modules that it finds among the globals, and its library needs both.
     namespace |= {"tl": tl, "core": tl.core}
-    return interpreter.FunctionRewriter(copy).rewrite_ast()  # type: ignore[no-any-return]
+    return interpreter.FunctionRewriter(copy).rewrite_ast()  # type: ignore[no-any-return]  # untyped
 
 
 def _called(code: types.CodeType) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _library() -> Iterator[None]:
 
 
 def _torch(dtype: str) -> torch.dtype:
-    return getattr(torch, dtype)  # type: ignore[no-any-return]
+    return getattr(torch, dtype)  # type: ignore[no-any-return]  # untyped
 
 
 def _tensor(x: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:

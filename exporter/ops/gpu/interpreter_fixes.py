@@ -89,7 +89,7 @@ def _init_tensor(self: Any, handle: Any, type: Any) -> None:
 
 def _broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
     if not (isinstance(lhs.type, tl.block_type) and isinstance(rhs.type, tl.block_type)) or len(lhs.type.sizes) != len(rhs.type.sizes):
-        return _BROADCAST(self, lhs, rhs)  # type: ignore[no-any-return]
+        return _BROADCAST(self, lhs, rhs)  # type: ignore[no-any-return]  # untyped
     if lhs.type.sizes == rhs.type.sizes:
         return lhs, rhs
     shape = np.broadcast_shapes(lhs.type.sizes, rhs.type.sizes)

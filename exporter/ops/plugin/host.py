@@ -378,4 +378,4 @@ def _value(field: _Field) -> int | float | str:
     if field.type == _FIELD_TEXT:
         return ctypes.string_at(field.data, field.length).decode()
     kind: Any = {_FIELD_FLOAT32: ctypes.c_float, _FIELD_INT32: ctypes.c_int32, _FIELD_INT64: ctypes.c_int64}[field.type]
-    return ctypes.cast(field.data, ctypes.POINTER(kind))[0]  # type: ignore[no-any-return]
+    return ctypes.cast(field.data, ctypes.POINTER(kind))[0]  # type: ignore[no-any-return]  # untyped

@@ -338,7 +338,7 @@ def _register(op: CustomOp, every: Sequence[plans.Plan], op_type: str, architect
     # TensorRT reads names and types of the arguments from the signatures.
     tensors = [(n, api.TensorDesc) for n in form.inputs]
     settings = [(a.name, int if a.type is bool else a.type) for a in carried]
-    outputs = ("outputs", tuple[(api.TensorDesc,) * len(op.outputs)])  # type: ignore[misc]
+    outputs = ("outputs", tuple[(api.TensorDesc,) * len(op.outputs)])  # type: ignore[misc]  # as many as there are
     returned = tuple[str, str, api.KernelLaunchParams, api.SymIntExprs]
     plugin = f"isthmus::{op_type}"
     api.register(plugin)(_signed(describe, op_type, [*tensors, *settings], outputs[1]))

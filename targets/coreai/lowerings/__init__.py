@@ -50,7 +50,7 @@ def table() -> dict[Any, Lowering]:
         if operator not in found and name_of(operator) not in known and not str(operator).endswith("out"):
             found[operator] = decomposition
     found.update(LOWERINGS)
-    return found  # type: ignore[no-any-return]
+    return found  # type: ignore[no-any-return]  # untyped
 
 
 @functools.cache

@@ -67,7 +67,7 @@ def _antialiased(
     factors = [factor if factor else None for factor in given] if given and given != (None,) else [None, None]
     sizes = list(x.shape[-2:])
     if output_size is None:
-        output_size = [int(size * factor) for size, factor in zip(sizes, factors, strict=True)]  # type: ignore[operator]
+        output_size = [int(size * factor) for size, factor in zip(sizes, factors, strict=True)]  # type: ignore[operator]  # where no size is given, a factor is
     if not all(isinstance(size, int) for size in (*sizes, *output_size)):
         return NotImplemented
     rows, columns = (

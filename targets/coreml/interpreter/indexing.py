@@ -88,7 +88,7 @@ def _gather_along_axis(
     x: Array,
     indices: Array,
     axis: Array | int = 0,
-    validate_indices: Array | bool = False,  # noqa: ARG001
+    validate_indices: Array | bool = False,  # noqa: ARG001 - as MIL's
 ) -> Array:
     a = int(axis) % x.ndim
     shape = tuple(indices.shape[i] if i == a else size for i, size in enumerate(x.shape))
@@ -100,7 +100,7 @@ def _gather_nd(
     x: Array,
     indices: Array,
     batch_dims: Array | int = 0,
-    validate_indices: Array | bool = False,  # noqa: ARG001
+    validate_indices: Array | bool = False,  # noqa: ARG001 - as MIL's
 ) -> Array:
     batch = int(batch_dims)
     sizes = x.shape[batch:]
@@ -137,7 +137,7 @@ def _scatter(
     updates: Array,
     axis: Array | int = 0,
     mode: str = "add",
-    validate_indices: Array | bool = False,  # noqa: ARG001
+    validate_indices: Array | bool = False,  # noqa: ARG001 - as MIL's
 ) -> Array:
     a = int(axis) % data.ndim
     return _write(data, (slice(None),) * a + (_wrapped(indices, data.shape[a]),), updates, mode)
@@ -150,7 +150,7 @@ def _scatter_along_axis(
     updates: Array,
     axis: Array | int = 0,
     mode: str = "add",
-    validate_indices: Array | bool = False,  # noqa: ARG001
+    validate_indices: Array | bool = False,  # noqa: ARG001 - as MIL's
 ) -> Array:
     a = int(axis) % data.ndim
     where = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
@@ -164,7 +164,7 @@ def _scatter_nd(
     indices: Array,
     updates: Array,
     mode: str = "add",
-    validate_indices: Array | bool = False,  # noqa: ARG001
+    validate_indices: Array | bool = False,  # noqa: ARG001 - as MIL's
 ) -> Array:
     where = tuple(_wrapped(indices[..., i], data.shape[i]) for i in range(indices.shape[-1]))
     return _write(data, where, updates, mode)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ....exporter.errors import IsthmusError, Reason, UnsupportedError, UsageError
-from . import convolution, elementwise, indexing, linear_algebra, normalization, reductions, resampling, shapes, weights  # noqa: F401
+from . import convolution, elementwise, indexing, linear_algebra, normalization, reductions, resampling, shapes, weights  # noqa: F401 - each registers its operations
 from .program import accepted_shapes, operations_in, used_by
 from .registry import OPERATIONS, Array, rounded, widened
 

@@ -40,7 +40,7 @@ OPERATIONS["reduce_log_sum_exp"] = _reduce(_log_sum_exp)
 
 
 def _arg(function: Callable[..., Any]) -> Operation:
-    def apply(x: Array, axis: Array | int = -1, keep_dims: Array | bool = False, output_dtype: str = "int32") -> Array:  # noqa: ARG001
+    def apply(x: Array, axis: Array | int = -1, keep_dims: Array | bool = False, output_dtype: str = "int32") -> Array:  # noqa: ARG001 - as MIL's
         result: Array = function(x, axis=int(axis), keepdims=bool(keep_dims))
         return result
 

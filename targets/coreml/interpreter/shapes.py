@@ -84,7 +84,7 @@ def _pad(x: Array, pad: Array, mode: str = "constant", constant_val: Array | flo
     widths = [(0, 0)] * (x.ndim - len(given)) + [(int(a), int(b)) for a, b in given]
     if mode == "constant":
         return np.pad(x, widths, constant_values=np.asarray(constant_val).astype(x.dtype))
-    return np.pad(x, widths, mode=_MODES[mode])  # type: ignore[call-overload,no-any-return]
+    return np.pad(x, widths, mode=_MODES[mode])  # type: ignore[call-overload,no-any-return]  # untyped
 
 
 @operation("shape")

@@ -29,7 +29,7 @@ LARGEST = 2048
 
 def obstacle(editor: Editor, node: Node) -> str:  # noqa: ARG001 - as in all rewrites
     """Why a sum stays as it is; empty when it can be rewritten."""
-    given = node.args[0].meta["val"]  # type: ignore[union-attr]
+    given = node.args[0].meta["val"]  # type: ignore[union-attr]  # fx's arguments are a union
     if not given.dtype.is_floating_point or node.meta["val"].dtype != given.dtype:
         return "it sums integers, or numbers of another dtype than its own"
     if not given.dim() or 0 in given.shape:

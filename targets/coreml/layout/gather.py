@@ -46,7 +46,7 @@ def obstacle(editor: Editor, node: Node) -> str:
         if not 0 < len(table) <= LARGEST:
             return f"its table has {len(table)} rows, and float16 counts to {LARGEST}"
         return "" if bool(table.detach().isfinite().all()) else "its table has infinite numbers"
-    source = node.args[0].meta["val"]  # type: ignore[union-attr]
+    source = node.args[0].meta["val"]  # type: ignore[union-attr]  # fx's arguments are a union
     if not source.dtype.is_floating_point or 0 in (*source.shape, *node.meta["val"].shape):
         return "it looks up integers, or nothing"
     axis, places = _indexed(node)

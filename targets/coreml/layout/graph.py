@@ -140,7 +140,7 @@ class Editor:
         if isinstance(tensor, torch.nn.Parameter):
             changed = torch.nn.Parameter(changed, requires_grad=tensor.requires_grad)
         (self._state if target in self._state else self._constants)[target] = changed
-        with self._fake, torch.no_grad():  # type: ignore[union-attr]
+        with self._fake, torch.no_grad():  # type: ignore[union-attr]  # there is one by now
             node.meta["val"] = change(node.meta["val"].detach())
         return node
 
@@ -184,7 +184,7 @@ class Editor:
             if all(v is not None for v in known.values()):
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: known[n])
                 with torch.no_grad():
-                    self._known[node, limit] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    self._known[node, limit] = node.target(*args, **kwargs)  # type: ignore[operator]  # fx's arguments are a union
         return self._known[node, limit]
 
     def finish(self, outputs: Iterable[Node] | None = None) -> ExportedProgram:
@@ -225,7 +225,7 @@ def shape_of(node: Any) -> Shape:
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """An argument of a call by the name that the operator's schema gives it."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema  # type: ignore[union-attr]  # fx's arguments are a union
     for place, parameter in enumerate(schema.arguments):
         if parameter.name == name:
             if name in node.kwargs:
@@ -290,5 +290,5 @@ def _acts(node: Node) -> bool:
 
 def _pure(node: Node) -> bool:
     """Whether a call gives the same each time, and changes nothing."""
-    tags = node.target.tags  # type: ignore[union-attr]
+    tags = node.target.tags  # type: ignore[union-attr]  # fx's arguments are a union
     return not _acts(node) and torch.Tag.nondeterministic_seeded not in tags and not _name(node.target).startswith("empty")

@@ -78,7 +78,7 @@ def _bounded(editor: Editor, node: Node) -> None:
         return
     args = tuple(MASKED if isinstance(a, float | int) and not isinstance(a, bool) and a < MASKED else a for a in node.args)
     if args != node.args:
-        editor.replace(node, editor.emit(node, node.target, *args, **node.kwargs))  # type: ignore[arg-type]
+        editor.replace(node, editor.emit(node, node.target, *args, **node.kwargs))  # type: ignore[arg-type]  # fx's arguments are a union
 
 
 def _attention(editor: Editor, node: Node) -> None:
@@ -127,7 +127,7 @@ def _kept(editor: Editor, node: Node, mask: Node, added: Node) -> Node:
 def _attend(editor: Editor, node: Node, mask: Node, kept: Node | None) -> None:
     """The same attention with a mask that is added, and with zeros for the rows that are masked whole."""
     others = {name: value for name, value in node.kwargs.items() if name not in ("attn_mask", "dropout_p", "is_causal")}
-    new = editor.emit(node, node.target, *node.args[:3], mask, argument(node, "dropout_p", 0.0), False, **others)  # type: ignore[arg-type]
+    new = editor.emit(node, node.target, *node.args[:3], mask, argument(node, "dropout_p", 0.0), False, **others)  # type: ignore[arg-type]  # fx's arguments are a union
     editor.replace(node, new if kept is None else editor.emit(node, aten.mul.Tensor, new, kept))
 
 

@@ -82,7 +82,7 @@ class _Settler:
             elif node.op != "call_function":
                 self._keep(node)
             elif node.target is operator.getitem and isinstance(self._values.get(node.args[0]), list):
-                self._values[node] = self._values[node.args[0]][node.args[1]]  # type: ignore[index]
+                self._values[node] = self._values[node.args[0]][node.args[1]]  # type: ignore[index]  # fx's arguments are a union
             else:
                 value = self._handled(node)
                 if value is None:
@@ -116,7 +116,7 @@ class _Settler:
     def _handled(self, node: Node) -> _Value | list[_Value] | None:
         if getattr(node.target, "namespace", "") not in ("aten", NAMESPACE) or not node.all_input_nodes or _empty(node):
             return None
-        name = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+        name = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]  # fx's arguments are a union
         handlers: list[tuple[frozenset[str], Callable[[Node], _Value | list[_Value] | None]]] = [
             (_VIEWS, self._view), (frozenset({"permute", "transpose", "t", "movedim"}), self._permute), (ELEMENTWISE, self._elementwise),
             (_CUTS, self._cut), (frozenset({"cat"}), self._concatenated), (_REDUCTIONS, self._reduced), (_ALONG, self._along),
@@ -128,7 +128,7 @@ class _Settler:
         return value if isinstance(value, _Value) else None
 
     def _view(self, node: Node) -> _Value | None:
-        if node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+        if node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]  # fx's arguments are a union
             return None  # the bits of the numbers, read as numbers of another dtype
         return self._moved(node, Movement.view(shape_of(node.args[0]), shape_of(node)))
 
@@ -136,7 +136,7 @@ class _Settler:
         shape = shape_of(node.args[0])
         with torch.device("meta"):  # what the operator does to numbered axes, whatever it is called
             numbered = torch.empty(tuple(range(2, len(shape) + 2)))
-        order = [size - 2 for size in node.target(numbered, *node.args[1:], **node.kwargs).shape]  # type: ignore[operator]
+        order = [size - 2 for size in node.target(numbered, *node.args[1:], **node.kwargs).shape]  # type: ignore[operator]  # fx's arguments are a union
         return self._moved(node, Movement.permute(shape, order))
 
     def _moved(self, node: Node, movement: Movement) -> _Value | None:
@@ -169,7 +169,7 @@ class _Settler:
             brought[given] = self._move(node, value.node, pulled)
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: brought[n])
         others = {key: given for key, given in kwargs.items() if key != "memory_format"}  # of the old order of the axes
-        return _Value(self._editor.emit(node, node.target, *args, **others), leader.movement)  # type: ignore[arg-type]
+        return _Value(self._editor.emit(node, node.target, *args, **others), leader.movement)  # type: ignore[arg-type]  # fx's arguments are a union
 
     def _cut(self, node: Node) -> _Value | list[_Value] | None:
         value = self._value(node.args[0])
@@ -178,7 +178,7 @@ class _Settler:
         axis = argument(node, "dim", 0) % len(value.movement.target)
         axes = value.movement.axes()
         found = axes.leading(axis) if axes is not None else None
-        name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+        name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # fx's arguments are a union
         if axes is None or found is None or (name == "slice" and argument(node, "step", 1) != 1):
             return None
         place, inner = found
@@ -203,7 +203,7 @@ class _Settler:
         return results if name not in ("select", "slice", "narrow") else results[0]
 
     def _concatenated(self, node: Node) -> _Value | None:
-        operands = [self._value(n) for n in node.args[0]]  # type: ignore[union-attr]
+        operands = [self._value(n) for n in node.args[0]]  # type: ignore[union-attr]  # fx's arguments are a union
         leaders = [v for v in operands if v is not None]
         if not leaders or len(leaders) < len(operands):
             return None
@@ -247,7 +247,7 @@ class _Settler:
         if movement is None:
             return None
         dim = places if not isinstance(given, int) else places[0]
-        return _Value(self._editor.emit(node, node.target, value.node, dim, True), movement)  # type: ignore[arg-type]
+        return _Value(self._editor.emit(node, node.target, value.node, dim, True), movement)  # type: ignore[arg-type]  # fx's arguments are a union
 
     def _along(self, node: Node) -> _Value | None:
         value = self._value(node.args[0])
@@ -259,7 +259,7 @@ class _Settler:
             return None
         others = {key: given for key, given in node.kwargs.items() if key != "dim"}
         rest, others = torch.fx.map_arg((node.args[2:], others), lambda n: self._plain(node, n))
-        return _Value(self._editor.emit(node, node.target, value.node, place, *rest, **others), value.movement)  # type: ignore[arg-type]
+        return _Value(self._editor.emit(node, node.target, value.node, place, *rest, **others), value.movement)  # type: ignore[arg-type]  # fx's arguments are a union
 
 
 def _empty(node: Node) -> bool:

@@ -139,7 +139,7 @@ def table() -> dict[Any, Lowering]:
     known = known_kinds() | lowered_kinds()
     found = {
         operator: function
-        for operator, function in default_decompositions().items()  # type: ignore[no-untyped-call]
+        for operator, function in default_decompositions().items()  # type: ignore[no-untyped-call]  # untyped
         if hasattr(operator, "_schema") and kind_of(operator) not in known and not operator._overloadname.endswith("out")
     }
     found.update(DECOMPOSITIONS)

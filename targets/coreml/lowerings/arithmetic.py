@@ -136,7 +136,7 @@ def fmax(x: Tensor, y: Tensor) -> Tensor:
 @decomposition(aten.fmin.default)
 def fmin(x: Tensor, y: Tensor) -> Tensor:
     """The smaller; what is not a number loses."""
-    return torch.where(x != x, y, torch.where(y != y, x, torch.minimum(x, y)))  # noqa: PLR0124
+    return torch.where(x != x, y, torch.where(y != y, x, torch.minimum(x, y)))  # noqa: PLR0124 - so NaN is told
 
 
 @decomposition(aten.copysign.Tensor, aten.copysign.Scalar)

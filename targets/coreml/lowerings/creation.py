@@ -45,7 +45,7 @@ def _single(*arguments: Any) -> torch.dtype:  # noqa: ARG001 - whatever they are
     return torch.float32
 
 
-def _same(x: Tensor, *arguments: Any) -> torch.dtype:  # noqa: ARG001
+def _same(x: Tensor, *arguments: Any) -> torch.dtype:  # noqa: ARG001 - as ATen's
     return x.dtype
 
 

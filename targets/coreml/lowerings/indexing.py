@@ -90,7 +90,7 @@ def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accum
         mask = mask.reshape([*mask.shape, *[1] * (x.dim() - mask.dim())])
         return torch.where(mask, values.reshape(()).to(x.dtype), x)
     axes = [axis for axis, _ in given]
-    shape = torch.broadcast_shapes(*(index.shape for _, index in given))  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(*(index.shape for _, index in given))  # type: ignore[no-untyped-call]  # untyped
     whole = values.shape == (*shape, *x.shape[len(axes) :]) and all(index.shape == shape for _, index in given)
     if axes == list(range(len(axes))) and whole:
         return NotImplemented

@@ -49,7 +49,7 @@ def layer_norm(
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001
+    cudnn_enable: bool = True,  # noqa: ARG001 - as ATen's
 ) -> Any:
     """As coremltools wants a weight where there is a bias, and constants for both, as MIL does."""
     axes = list(range(-len(normalized_shape), 0))
@@ -65,7 +65,7 @@ def layer_norm(
 
 
 @lowering(aten.group_norm.default)
-def group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:  # noqa: ARG001
+def group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:  # noqa: ARG001 - as ATen's
     """One `layer_norm` over each group: coremltools writes out mean and variance, whose squares leave float16 past 255."""
     if all(isinstance(size, int | np.integer) for size in x.shape):
         shape, rows = [int(size) for size in x.shape], [int(x.shape[0]), num_groups, -1]

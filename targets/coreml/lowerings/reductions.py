@@ -184,7 +184,7 @@ def prod(x: Any, *, dtype: int | None = None) -> Any:  # noqa: ARG001 - see `_ty
 
 
 @lowering(aten.prod.dim_int)
-def prod_along(x: Any, dim: int, keepdim: bool = False, *, dtype: int | None = None) -> Any:  # noqa: ARG001
+def prod_along(x: Any, dim: int, keepdim: bool = False, *, dtype: int | None = None) -> Any:  # noqa: ARG001 - as ATen's
     """As coremltools has none."""
     return mb.reduce_prod(x=x, axes=[dim], keep_dims=keepdim)
 

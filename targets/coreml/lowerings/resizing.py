@@ -132,7 +132,7 @@ def _antialiased(
     at = np.arange(size)
     rows = kernel((at - centre[:, None] + 0.5) / wide)
     rows = np.where((at >= first[:, None]) & (at < last[:, None]), rows, 0.0)
-    return rows / rows.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
+    return rows / rows.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]  # untyped
 
 
 def _keys(x: Matrix, a: float) -> Matrix:
