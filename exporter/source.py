@@ -17,6 +17,7 @@ from torch import nn
 
 from .errors import IsthmusError, Reason, UnsupportedError, UsageError
 from .manifest import WeightsInfo
+from .paths import StrPath
 from .spec import MODELS, Dynamic, ModelSpec, SizeRange
 from .weights import describe, load_weights, random_weights
 
@@ -55,7 +56,7 @@ def load_source(
     model: Model,
     *,
     settings: Mapping[str, Any],
-    weights: Path | None,
+    weights: StrPath | None,
     inputs: str | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None,
     dynamic: Sequence[Dynamic],
     batch_size: int | None,
@@ -81,6 +82,7 @@ def load_source(
     """
     if fixed and dynamic:
         raise UsageError(f"--dynamic lets sizes vary, and {fixed} fixes them", hint="leave one of them out")
+    weights = None if weights is None else Path(weights)
     if isinstance(model, str) and ":" not in model:
         if inputs is not None:
             raise UsageError(f"{model} is a registered model and has its own example inputs", hint="leave --inputs out")

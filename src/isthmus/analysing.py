@@ -19,6 +19,7 @@ from isthmus.exporter import bundle as bundles
 from isthmus.exporter.errors import AccuracyError, IsthmusError, MachineError, Reason, UsageError
 from isthmus.exporter.manifest import Manifest
 from isthmus.exporter.ops.native.torch_hook import native_kernels
+from isthmus.exporter.paths import StrPath
 from isthmus.exporter.source import Source
 from isthmus.exporter.spec import Analysis, Arrays
 from isthmus.exporter.target import Stage
@@ -59,13 +60,13 @@ class AnalysisResult:
 
 
 def analyse(
-    bundle: Path,
+    bundle: StrPath,
     names: Sequence[str],
     *,
     rows: int = ROWS,
     seed: int = 0,
     model: str | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> AnalysisResult:
@@ -89,6 +90,7 @@ def analyse(
         IntegrityError: A file is changed, missing or additional.
         IsthmusError: PyTorch's own outputs are not finite.
     """
+    bundle = Path(bundle)
     step = (progress or Silent()).step
     if rows < 1:
         raise UsageError(f"the number of rows must be at least 1, got {rows}")

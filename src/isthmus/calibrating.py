@@ -33,6 +33,7 @@ from isthmus.exporter.passes._rewrite import constant_tensor, is_op
 from isthmus.exporter.passes.fp8_layers import Layer
 from isthmus.exporter.passes.layer_values import layer_values
 from isthmus.exporter.passes.smooth_activations import SmoothActivations
+from isthmus.exporter.paths import StrPath
 from isthmus.exporter.preprocess import Preprocess, parse_preprocess
 from isthmus.exporter.ranges import CalibrationTable, DataInfo
 from isthmus.exporter.sampling import GraphSampler
@@ -87,12 +88,12 @@ class CalibrateResult:
 
 def calibrate(
     model: Model,
-    output: Path,
+    output: StrPath,
     *,
     opset: int | None = None,
     batch_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     inputs: str | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
     dynamic: Sequence[Dynamic] = (),
     calibration_data: str | None = None,
@@ -130,6 +131,7 @@ def calibrate(
         MachineError: ONNX Runtime is not installed.
         IsthmusError: Something failed.
     """
+    output = Path(output)
     step = (progress or Silent()).step
     if output.exists() and not (force and output.is_file()):
         raise UsageError(f"the output {output} exists", hint="give --force to replace a file, or another -o")
@@ -253,7 +255,7 @@ def calibrates(
     size: int | None,
     method: str | None,
     preprocess: str | None,
-    table: Path | None,
+    table: StrPath | None,
     rounding: str | None,
     scales: str | None,
     smooth: float | None,
@@ -300,7 +302,7 @@ def _refuse(options: Mapping[str, object], message: str, why: str) -> None:
         raise UsageError(message, reasons=reasons)
 
 
-def check_table(table: CalibrationTable, path: Path | None, source: Source) -> None:
+def check_table(table: CalibrationTable, path: StrPath | None, source: Source) -> None:
     """Refuses a table of other weights than those that are exported.
 
     Raises:

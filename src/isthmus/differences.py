@@ -30,6 +30,7 @@ from isthmus.exporter.ops import native
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.options import check_settings
 from isthmus.exporter.passes.half_precision import overflowing
+from isthmus.exporter.paths import StrPath
 from isthmus.exporter.sampling import GraphSampler
 from isthmus.exporter.source import Source, load_source
 from isthmus.exporter.spec import MODELS, Arrays, SizeRange
@@ -127,10 +128,10 @@ class DiffResult:
 
 
 def bisect(
-    bundle: Path,
+    bundle: StrPath,
     *,
     model: str | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     threshold: float | None = None,
     memory: int = MEMORY,
     cases: Sequence[str] = (),
@@ -157,6 +158,7 @@ def bisect(
         IntegrityError: A file is changed, missing or additional.
         IsthmusError: PyTorch or a stage fails.
     """
+    bundle = Path(bundle)
     step = (progress or Silent()).step
     opened = open_bundle(bundle, cases, trust=trust, step=step)
     with step("building the model"):
@@ -170,11 +172,11 @@ def bisect(
 
 
 def diff(
-    a: Path | str,
-    b: Path | str,
+    a: StrPath,
+    b: StrPath,
     *,
     model: str | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     threshold: float | None = None,
     memory: int = MEMORY,
     cases: Sequence[str] = (),
@@ -200,10 +202,10 @@ def diff(
         IntegrityError, IsthmusError: See `bisect`.
     """
     step = (progress or Silent()).step
-    sides = [side for side in (a, b) if str(side) != TORCH]
+    sides = [Path(side) for side in (a, b) if str(side) != TORCH]
     if not sides:
         raise UsageError("both sides are PyTorch", hint="give a bundle's folder in the place of one")
-    opened = [open_bundle(Path(side), cases if i == len(sides) - 1 else (), trust=trust, step=step) for i, side in enumerate(sides)]
+    opened = [open_bundle(side, cases if i == len(sides) - 1 else (), trust=trust, step=step) for i, side in enumerate(sides)]
     judged = opened[-1]
     if len(opened) == 2 and (reasons := _incomparable(opened[0].manifest, judged.manifest)):
         raise UsageError(f"{a} and {b} cannot be compared", reasons=reasons, hint="compare bundles of one model, with one set of weights")
@@ -224,11 +226,11 @@ def diff(
 
 
 def errors_by_timestep(
-    bundle: Path,
+    bundle: StrPath,
     *,
     count: int = 8,
     model: str | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     memory: int = MEMORY,
     trust: bool = False,
     progress: Progress | None = None,
@@ -249,6 +251,7 @@ def errors_by_timestep(
         MachineError: This machine cannot run the artifact.
         IntegrityError, IsthmusError: See `bisect`.
     """
+    bundle = Path(bundle)
     step = (progress or Silent()).step
     opened = open_bundle(bundle, (), trust=trust, step=step)
     with step("building the model"):
@@ -318,7 +321,7 @@ def open_bundle(folder: Path, wanted: Sequence[str], *, trust: bool, step: Calla
     )
 
 
-def rebuild(manifest: Manifest, example: Arrays, *, model: str | None, weights: Path | None) -> Source:
+def rebuild(manifest: Manifest, example: Arrays, *, model: str | None, weights: StrPath | None) -> Source:
     """The PyTorch module that a bundle was exported from.
 
     Args:

@@ -12,6 +12,7 @@ from isthmus.exporter.destination import check_destination, writing
 from isthmus.exporter.errors import IsthmusError, UnknownNameError, UnsupportedError, UsageError
 from isthmus.exporter.manifest import MANIFEST, Manifest
 from isthmus.exporter.options import check_settings
+from isthmus.exporter.paths import StrPath
 from isthmus.exporter.sampling import GraphSampler, LoopSampler
 from isthmus.exporter.spec import MODELS
 from isthmus.exporter.target import TARGETS
@@ -80,7 +81,7 @@ def check_embedding(bundle: Path, language: str, output: Path, *, force: bool) -
     return manifest
 
 
-def embed(bundle: Path, language: str, output: Path, *, force: bool = False, progress: Progress | None = None) -> EmbedResult:
+def embed(bundle: StrPath, language: str, output: StrPath, *, force: bool = False, progress: Progress | None = None) -> EmbedResult:
     """Writes a program that runs a bundle's artifact on its device: a Swift package for Core ML.
 
     The program is written whole or not at all. Nothing of it is compiled.
@@ -98,6 +99,7 @@ def embed(bundle: Path, language: str, output: Path, *, force: bool = False, pro
         IntegrityError: A file of the bundle is changed, missing or additional.
         IsthmusError: The output cannot be written.
     """
+    bundle, output = Path(bundle), Path(output)
     step = (progress or Silent()).step
     manifest = check_embedding(bundle, language, output, force=force)
     with step("checking the files"):

@@ -13,12 +13,13 @@ from isthmus.exporter import bundle as bundles
 from isthmus.exporter.destination import rewriting
 from isthmus.exporter.errors import AccuracyError, IntegrityError, UsageError
 from isthmus.exporter.manifest import weakest
+from isthmus.exporter.paths import StrPath
 from isthmus.exporter.spec import Tolerance
 from isthmus.exporter.target import TARGETS
 from isthmus.results import BuildResult, Progress, Silent, VerifyResult, json_values, misses, tool_versions
 
 
-def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: Progress | None = None) -> BuildResult:
+def build(bundle: StrPath, *, trust: bool = False, force: bool = False, progress: Progress | None = None) -> BuildResult:
     """Compiles a bundle's engine on this machine, executes it over the stored cases where the device is here, and writes both down.
 
     The bundle is replaced as a whole when everything is done: a build that fails or is killed leaves it as it was.
@@ -37,6 +38,7 @@ def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: P
         AccuracyError: The bundle was written, and the engine is not what was asked for, or not within tolerance; `.result` is the
             BuildResult.
     """
+    bundle = Path(bundle)
     step = (progress or Silent()).step
     manifest = bundles.read_manifest(bundle)
     target = TARGETS[manifest.target]()
@@ -77,7 +79,7 @@ def build(bundle: Path, *, trust: bool = False, force: bool = False, progress: P
     return result
 
 
-def verify(bundle: Path, *, trust: bool = False, progress: Progress | None = None) -> VerifyResult:
+def verify(bundle: StrPath, *, trust: bool = False, progress: Progress | None = None) -> VerifyResult:
     """Checks that a bundle's files are what its manifest says, then executes the artifact over the stored cases again.
 
     Args:
@@ -90,6 +92,7 @@ def verify(bundle: Path, *, trust: bool = False, progress: Progress | None = Non
         IntegrityError: A file is changed, missing or additional.
         AccuracyError: A stage is not within the tolerance that the manifest holds; `.result` is the VerifyResult.
     """
+    bundle = Path(bundle)
     step = (progress or Silent()).step
     manifest = bundles.read_manifest(bundle)
     with step("checking the files"):
@@ -118,7 +121,7 @@ def verify(bundle: Path, *, trust: bool = False, progress: Progress | None = Non
     return result
 
 
-def inspect(bundle: Path) -> dict[str, Any]:
+def inspect(bundle: StrPath) -> dict[str, Any]:
     """What a bundle is, as JSON values: its manifest without measurements and hashes, and the size of every file in bytes.
 
     A file that is missing, or whose name leads out of the bundle, has no size: `verify` says which.
@@ -127,6 +130,7 @@ def inspect(bundle: Path) -> dict[str, Any]:
         UsageError: The folder is not a bundle.
         IntegrityError: Its manifest is not one that this version understands.
     """
+    bundle = Path(bundle)
     manifest = bundles.read_manifest(bundle)
     value: dict[str, Any] = manifest.model_dump(mode="json", by_alias=True, exclude={"stages", "files"})
     value["stages"] = [{"name": s.name, "verdict": s.verdict, "reason": s.reason, "device": s.device} for s in manifest.stages]

@@ -60,6 +60,7 @@ from isthmus.exporter.memory import release, settled
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.passes.sampling_loop import misfits
+from isthmus.exporter.paths import StrPath
 from isthmus.exporter.preprocess import parse_preprocess
 from isthmus.exporter.sampling import GraphSampler
 from isthmus.exporter.source import Model, Source, load_source
@@ -103,24 +104,24 @@ CaseArrays = dict[str, Arrays]
 def export(
     model: Model,
     target: str,
-    output: Path | None = None,
+    output: StrPath | None = None,
     *,
     precision: str | None = None,
     opset: int | None = None,
     batch_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     inputs: str | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
     dynamic: Sequence[Dynamic] = (),
     calibration_data: str | None = None,
     calibration_size: int | None = None,
     calibration_method: str | None = None,
     calibration_preprocess: str | None = None,
-    calibration_table: Path | None = None,
+    calibration_table: StrPath | None = None,
     weight_rounding: str | None = None,
     weight_scales: str | None = None,
     smooth: float | None = None,
-    recipe: Recipe | Path | None = None,
+    recipe: Recipe | StrPath | None = None,
     sampler: str | None = None,
     atol: float | None = None,
     rtol: float | None = None,
@@ -180,7 +181,7 @@ def export(
     step = (progress or Silent()).step
     chosen: Target[Any] = TARGETS[target]()
     if recipe is not None:
-        recipe = read_recipe(recipe) if isinstance(recipe, Path) else recipe
+        recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
         asked_for = {"precision": precision, "calibration_method": calibration_method, "weight_rounding": weight_rounding, "smooth": smooth}
         said, contradictions = recipe.arguments({**(options or {}), **asked_for}, takes=chosen.Options.model_fields)
         if contradictions:
@@ -202,9 +203,9 @@ def export(
     preprocess = parse_preprocess(calibration_preprocess) if calibration_preprocess is not None else None
     weight_rounding = _choose("weight rounding", weight_rounding, ROUNDINGS)
     weight_scales = channel_calibrator(weight_scales or "max").name
-    given = ranges.read_table(calibration_table) if calibration_table is not None else None
+    given = ranges.read_table(Path(calibration_table)) if calibration_table is not None else None
     check_preprocess(calibration_data, preprocess)
-    destination = output or Path(f"{_name(model).replace(':', '-')}-{target}-{precision}")
+    destination = Path(output or f"{_name(model).replace(':', '-')}-{target}-{precision}")
     if not dry_run:
         check_destination(destination, force=force)
 

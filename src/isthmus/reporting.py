@@ -17,6 +17,7 @@ from isthmus.differences import bisect, errors_by_timestep
 from isthmus.exporter import bundle as bundles
 from isthmus.exporter.destination import write_whole
 from isthmus.exporter.errors import IsthmusError, MachineError, UsageError
+from isthmus.exporter.paths import StrPath
 from isthmus.results import Progress
 
 _REPORT = "report.html"
@@ -25,13 +26,13 @@ _MARKED = 2**16
 
 
 def report(
-    bundle: Path,
+    bundle: StrPath,
     *,
     modules: bool = False,
     model: str | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     trust: bool = False,
-    tune: Path | None = None,
+    tune: StrPath | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Renders the report of a bundle again, from what it holds, and returns the page's path.
@@ -55,11 +56,12 @@ def report(
         IntegrityError: What the page is made from is not what the manifest says.
         IsthmusError: With `modules`, PyTorch or a stage fails.
     """
+    bundle = Path(bundle)
     manifest = bundles.read_manifest(bundle)
     if tune is not None:
-        if not tune.is_file():
+        if not (path := Path(tune)).is_file():
             raise UsageError(f"--tune: there is no file {tune}", hint="give the NAME.pareto.json that `isthmus tune` wrote")
-        searched = read_tune(tune)
+        searched = read_tune(path)
         if reasons := searched.misfits(manifest):
             raise UsageError(f"{tune} is not of {bundle}", reasons=reasons, hint="give the search whose recipe the export was given")
         manifest = bundles.replace_file(bundle, manifest, TUNE, searched.model_dump_json(indent=1).encode() + b"\n")
@@ -73,7 +75,7 @@ def report(
     return path
 
 
-def _modules(bundle: Path, *, model: str | None, weights: Path | None, trust: bool, progress: Progress | None) -> ModuleReport:
+def _modules(bundle: Path, *, model: str | None, weights: StrPath | None, trust: bool, progress: Progress | None) -> ModuleReport:
     found = bisect(bundle, model=model, weights=weights, trust=trust, progress=progress).summary()
     rows, reason = [], ""
     try:
@@ -91,7 +93,7 @@ def _modules(bundle: Path, *, model: str | None, weights: Path | None, trust: bo
     return ModuleReport.model_validate_json(json.dumps(value))
 
 
-def compare_reports(a: Path, b: Path, *, threshold: float = DEFAULT_THRESHOLD, output: Path | None = None) -> Comparison:
+def compare_reports(a: StrPath, b: StrPath, *, threshold: float = DEFAULT_THRESHOLD, output: StrPath | None = None) -> Comparison:
     """Puts the reports of two bundles of one model side by side. Nothing is executed, and the bundles stay as they are.
 
     Args:
@@ -106,9 +108,9 @@ def compare_reports(a: Path, b: Path, *, threshold: float = DEFAULT_THRESHOLD, o
         IntegrityError: A manifest, report or picture is not what this version writes.
         IsthmusError: The page cannot be written.
     """
-    found = compare_bundles(a, b, threshold=threshold)
+    found = compare_bundles(Path(a), Path(b), threshold=threshold)
     if output is not None:
-        _write_page(output, comparison_page(found))
+        _write_page(Path(output), comparison_page(found))
     return found
 
 

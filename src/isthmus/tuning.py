@@ -38,6 +38,7 @@ from isthmus.exporter.grids import ACTIVATION_GRIDS, WEIGHT_GRIDS
 from isthmus.exporter.ops.native.torch_hook import native_kernels
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.passes.fp8_layers import Layer
+from isthmus.exporter.paths import StrPath
 from isthmus.exporter.preprocess import parse_preprocess
 from isthmus.exporter.source import Model, Source, load_source
 from isthmus.exporter.spec import Dynamic, Sampler
@@ -99,7 +100,7 @@ def beside(output: Path, ending: str) -> Path:
 
 def tune(
     model: Model,
-    output: Path,
+    output: StrPath,
     *,
     precision: str,
     min_sqnr: float | None = None,
@@ -109,7 +110,7 @@ def tune(
     opset: int | None = None,
     batch_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    weights: Path | None = None,
+    weights: StrPath | None = None,
     inputs: str | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
     dynamic: Sequence[Dynamic] = (),
     calibration_data: str | None = None,
@@ -168,6 +169,7 @@ def tune(
         MachineError: ONNX Runtime or Ray is missing, or, for `max_lpips`, the weights of the network.
         IsthmusError: No module fits into the budget, or something failed.
     """
+    output = Path(output)
     step = (progress or Silent()).step
     if precision not in TARGET:
         raise UnknownNameError("precision to tune for", precision, list(TARGET))

@@ -94,6 +94,7 @@ def converted(
         raise ValueError(f"got precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
     with quiet("coremltools"):
         import coremltools as ct
+        from coremltools.converters.mil.converter import _reset_conversion_state
 
         from .lowerings.attention import guarded
 
@@ -101,6 +102,9 @@ def converted(
         ready, modules = _ready(decomposed(program) if masks_in_order else guarded(decomposed(program)))
         pipeline = ct.PassPipeline() if passes is None else ct.PassPipeline(list(passes), "chosen")
         pipeline.remove_passes(WRONG_PASSES)
+        # coremltools 9.0 numbers what has no name throughout the process and begins anew after a conversion that succeeds alone: whatever
+        # failed or was loaded before would be in the names, and equal programs would be other bytes. Drop it when it begins anew by itself.
+        _reset_conversion_state()
         try:
             with settled():
                 model = ct.convert(
