@@ -12,9 +12,8 @@ Both sides get the same weights, the same sets of inputs in the same batches, on
 - modelopt quantises an ONNX file of isthmus in float32, opset 20, where attention is written out. It runs with both of its methods
   (`entropy`, its default, and `max`), each on the products that it chooses itself, and on those that isthmus quantises, in an environment
   of its own (`.venv-modelopt`, made here from modelopt/requirements.txt). Where it chooses itself it quantises residual additions too.
-- isthmus exports with every product included that the precision takes: fp8 for TensorRT, int8 for ONNX Runtime. `readme` is as README.md
-  says: `--weight-rounding gptq` in fp8, and no option in int8, where rounding gains nothing. `default` is no option in fp8, `gptq` is
-  `--weight-rounding gptq` in int8; `all` is `--weight-rounding gptq --smooth 0.5 --calibration-method mse`.
+- isthmus exports with every product included that the precision takes: fp8 for TensorRT, int8 for ONNX Runtime. `none` is no option,
+  `gptq` is `--weight-rounding gptq`, `smooth` is `--smooth 0.5`, `mse` is `--calibration-method mse`, and others are several of these.
 
 What is not quantised is in float16 in fp8, and in float32 in int8, on both sides. All files run in isthmus's ONNX Runtime as they are
 written, without graph optimisations, so that each Q/DQ pair rounds as the file says. The SQNR is that over all elements of all held-out
@@ -25,8 +24,8 @@ CPU time is user and system time of calibrating, quantising and writing: of mode
 modelopt's call checks nothing against PyTorch. `process_cpu_s` is that of the whole process,
 with them, and for isthmus with its verification.
 
-Checked is `readme` against the modelopt row that has the highest SQNR, in all three respects; the rows say how the other settings compare
-with it.
+Checked is what README.md recommends (`recommended`) against the modelopt row that has the highest SQNR, in all three respects; the rows say
+how the other settings compare with it. modelopt has no smoothing for ONNX files.
 
     python benchmarks/calibration.py            some minutes, 1 GiB of downloads and 3 GiB of disk the first time
     python benchmarks/calibration.py --quick    dit-digits (or --model) in fp8, with fewer sets, and no tuning
@@ -50,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from held_out import drawn, outputs, sqnr
+from held_out import SETTINGS, TARGETS, drawn, outputs, sqnr
 from selective_scan import check, report
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -71,10 +70,7 @@ GAIN_DB = {"dit-digits": 0.0, "dit-s-2 with outliers": 1.0}
 HELD_OUT = {"dit-digits": 16, "dit-s-2 with outliers": 4}
 """Sets that are judged on. A set of dit-s-2 has 64 times the numbers, and FP8 is slow on the CPU."""
 
-TARGETS = {"fp8": "tensorrt", "int8": "onnxruntime"}
 HIGH_PRECISION = {"fp8": "fp16", "int8": "fp32"}
-ALL: dict[str, Any] = {"calibration_method": "mse", "weight_rounding": "gptq", "smooth": 0.5}
-README: dict[str, dict[str, Any]] = {"fp8": {"weight_rounding": "gptq"}, "int8": {}}
 
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -203,6 +199,13 @@ def products_of(path: Path, modules: set[str]) -> list[str]:
     return [node.name for node in graph.node if node.op_type in PRODUCTS and node.name.partition("/")[0] in modules]
 
 
+def recommended(name: str, precision: str) -> str:
+    """The setting that README.md recommends for a precision, and for a model of which one knows that it has outlier channels."""
+    if precision == "int8":
+        return "smooth"
+    return "gptq, smooth" if name.endswith("with outliers") else "gptq"
+
+
 class Comparison:
     """One model: its weights, its data, the float32 file that modelopt reads, and what that file computes on the held-out sets.
 
@@ -229,9 +232,7 @@ class Comparison:
     def compare(self, precision: str) -> list[dict[str, Any]]:
         """Adds the rows of one precision; returns its checks."""
         taken: list[str] = []
-        other = {"default": {}} if README[precision] else {"gptq": {"weight_rounding": "gptq"}}
-        settings: dict[str, dict[str, Any]] = {**other, "readme": README[precision], "all": ALL}
-        for setting, options in settings.items():
+        for setting, options in SETTINGS.items():
             path, figures = self._exported(
                 f"{precision}-{setting}",
                 TARGETS[precision],
@@ -249,12 +250,12 @@ class Comparison:
                 path, figures = self._quantized(precision, method, nodes)
                 self._row("modelopt", precision, f"{method}, {where}", path, figures)
         rows = [row for row in self.rows if row["precision"] == precision]
-        ours = next(row for row in rows if row["setting"] == "readme")
+        ours = next(row for row in rows if row["setting"] == recommended(self._name, precision))
         peer = max((row for row in rows if row["system"] == "modelopt"), key=lambda row: float(row["sqnr_db"]))
         for row in rows:
             if row["system"] == "isthmus":
                 row |= {"sqnr_above_modelopt_db": row["sqnr_db"] - peer["sqnr_db"], "cpu_of_modelopt": row["cpu_s"] / peer["cpu_s"]}
-        title = f"{self._name} in {precision}, isthmus (readme) against modelopt ({peer['setting']})"
+        title = f"{self._name} in {precision}, isthmus ({ours['setting']}) against modelopt ({peer['setting']})"
         return [
             check(f"{title}: products quantised more", ours["products"] - peer["products"], 0, least=True),
             check(f"{title}: SQNR above, dB", ours["sqnr_db"] - peer["sqnr_db"], GAIN_DB[self._name], least=True),

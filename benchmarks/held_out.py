@@ -1,8 +1,9 @@
-"""Inputs that are held out, what a file computes on them, and how far two files are apart: shared by the benchmarks of quantisation."""
+"""Settings, inputs that are held out, what a file computes on them, and how far two files are apart, for the benchmarks of quantisation."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ from typing import Any
 import numpy as np
 
 from isthmus.exporter.spec import Arrays
+
+TARGETS = {"fp8": "tensorrt", "int8": "onnxruntime"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gptq": {"weight_rounding": "gptq"},
+    "smooth": {"smooth": 0.5},
+    "gptq, smooth": {"weight_rounding": "gptq", "smooth": 0.5},
+    "gptq, smooth, mse": {"weight_rounding": "gptq", "smooth": 0.5, "calibration_method": "mse"},
+}
 
 
 def drawn(model: str, weights: Path | None, *, seed: int, count: int) -> list[Arrays]:
@@ -24,6 +34,18 @@ def drawn(model: str, weights: Path | None, *, seed: int, count: int) -> list[Ar
     if data is None:
         data = draw_data(source, module_runner(source.module, source.example, source.spec.outputs), seed=seed, size=count)
     return [dict(arrays) for arrays in data.sets]
+
+
+def exported(model: str, target: str, folder: Path, precision: str, **arguments: Any) -> Path:
+    """The file of an export, whose verdict is not judged here."""
+    import isthmus
+    from isthmus.exporter.errors import AccuracyError
+
+    try:
+        isthmus.export(model, target, folder, precision=precision, **arguments)
+    except AccuracyError:
+        print(f"{folder.name}: not within the export's own bound", file=sys.stderr)
+    return folder / "model.onnx"
 
 
 def outputs(path: Path, sets: Sequence[Arrays]) -> list[list[np.ndarray[Any, Any]]]:

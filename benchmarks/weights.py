@@ -17,10 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from held_out import drawn, outputs, sqnr
+from held_out import drawn, exported, outputs, sqnr
 from selective_scan import report
 
-import isthmus
 from isthmus.calibrating import draw_data
 from isthmus.calibration.observe import Observer
 from isthmus.calibration.switches import switched
@@ -29,7 +28,6 @@ from isthmus.calibration.trials import MODEL, Trials, sqnr_db, write_facts
 from isthmus.calibration.verify import module_runner
 from isthmus.calibration.weights import gptq_weights
 from isthmus.exporter import onnx as onnx_files
-from isthmus.exporter.errors import AccuracyError
 from isthmus.exporter.grids import ACTIVATION_GRIDS
 from isthmus.exporter.passes import optimise
 from isthmus.exporter.source import load_source
@@ -42,19 +40,10 @@ BLOCKS = {"dit-digits": ("32", "128"), "sana-digits": ("32",), "diffussm-digits"
 """The blocks that the inputs of a model's layers are multiples of."""
 
 
-def exported(model: str, folder: Path, precision: str, **arguments: Any) -> Path:
-    """The file of an export, whose verdict is not judged here."""
-    try:
-        isthmus.export(model, "onnxruntime", folder, precision=precision, **arguments)
-    except AccuracyError:
-        print(f"{folder.name}: not within the export's own bound", file=sys.stderr)
-    return folder / "model.onnx"
-
-
 def scales(model: str, folder: Path) -> list[dict[str, Any]]:
     """A row for each precision, block and rounding."""
     sets = drawn(model, None, seed=1, count=SETS)
-    reference = outputs(exported(model, folder / f"{model}-fp32", "fp32"), sets)
+    reference = outputs(exported(model, "onnxruntime", folder / f"{model}-fp32", "fp32"), sets)
     rows = []
     for precision, block in [("int8", ""), *(("int4", block) for block in BLOCKS[model])]:
         options: dict[str, Any] = {f"{precision}_include": ("*",), **({"int4_block": block} if block else {})}
@@ -64,6 +53,7 @@ def scales(model: str, folder: Path) -> list[dict[str, Any]]:
             for way in ("max", "mse"):
                 path = exported(
                     model,
+                    "onnxruntime",
                     folder / f"{model}-{precision}{block}-{rounding}-{way}",
                     precision,
                     weight_rounding=rounding,
