@@ -374,6 +374,20 @@ def warnings_of(data: CalibrationData | DataInfo | None) -> list[str]:
     return [RANDOM_WARNING] if data is not None and data.source == RANDOM else []
 
 
+def unquantised(target: Target[Any], job: Job[Any]) -> list[str]:
+    """What people have to know of a model of which nothing is quantised, though its precision would: a warning, or none.
+
+    Raises:
+        UsageError: The options do not fit the model.
+    """
+    # What is lowered from the PyTorch program names as `quantised` what GPTQ can round, and no more.
+    if not target.opsets or job.precision not in (*target.calibrated, *target.rounded) or target.quantised(job):
+        return []
+    option = f"{job.precision}_include"
+    more = f" --{option.replace('_', '-')} '*' takes those that are left by default." if option in target.Options.model_fields else ""
+    return [f"No layer is in {job.precision}: the artifact computes as it would without. The report says why each was left.{more}"]
+
+
 def _timestep(source: Source) -> str:
     """The name of the input that holds the timestep; empty where that is not known."""
     sampler = source.spec.sampler if source.spec else None

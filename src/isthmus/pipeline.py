@@ -32,6 +32,7 @@ from isthmus.calibrating import (
     sampler_of,
     scaled_job,
     smoothed_job,
+    unquantised,
     warnings_of,
 )
 from isthmus.calibration.calibrator import CALIBRATORS, channel_calibrator
@@ -330,9 +331,9 @@ def export(
     observed = chosen.observed(job) if calibrated else ()
     if given is not None:
         given.require(observed, ACTIVATION_GRIDS[precision])
-    warnings = warnings_of(data if given is None else given.data)
+    warnings = (*warnings_of(data if given is None else given.data), *unquantised(chosen, job))
     if dry_run:
-        return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}))
+        return ExportResult(None, manifest.model_copy(update={"verdict": "not run"}), warnings)
 
     with writing(destination, force=force) as folder:
         # Weights in a file of their own are shared by the graphs of the step and the sampler.
@@ -432,7 +433,7 @@ def export(
                 },
             )
             manifest = bundles.write_manifest(folder, manifest)
-    result_ = ExportResult(destination, manifest)
+    result_ = ExportResult(destination, manifest, warnings)
     if result_.exit_code:
         raise AccuracyError(
             f"{destination} was written, and its accuracy check failed",

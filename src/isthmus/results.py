@@ -38,10 +38,12 @@ class ExportResult:
     Attributes:
         bundle: The bundle's folder, None after a dry run.
         manifest: Its manifest; after a dry run, what is known without lowering.
+        warnings: What people have to know before they use it; the report has them too.
     """
 
     bundle: Path | None
     manifest: Manifest
+    warnings: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -53,6 +55,7 @@ class ExportResult:
         return {
             "bundle": str(self.bundle) if self.bundle else None,
             "report": str(self.bundle / "report.html") if self.bundle else None,
+            "warnings": list(self.warnings),
             **_summary(self.manifest, self.manifest.stages),
         }
 

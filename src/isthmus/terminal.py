@@ -111,6 +111,8 @@ def print_export(result: ExportResult) -> None:
         print("a dry run: nothing was written")
     else:
         print(f"bundle: {result.bundle}\nreport: {result.bundle / 'report.html'}")
+    for warning in result.warnings:
+        print(f"warning: {warning}")
 
 
 def print_verified(result: VerifyResult) -> None:
