@@ -88,7 +88,7 @@ class Run(Protocol):
 class Visitor:
     """Sees every call of a module. What it returns stands in the place of what went by."""
 
-    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002 - as its kin
+    def enter(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor], run: Run) -> Replace:  # noqa: ARG002 - for those that override it
         """Before a call.
 
         Args:
@@ -99,7 +99,7 @@ class Visitor:
         """
         return {}
 
-    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002 - as its kin
+    def leave(self, key: str, module: nn.Module, tensors: Sequence[torch.Tensor]) -> Replace:  # noqa: ARG002 - for those that override it
         """After a call, with the tensors among its results."""
         return {}
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..exporter.errors import IsthmusError
-from ..exporter.grids import Grid, Parameters
+from ..exporter.grids import Grid, Parameters, scale_of_each
 
 Array = np.ndarray[Any, Any]
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -98,8 +98,7 @@ def gptq(weight: Array, moments: Array | Factor, scales: Array, grid: Grid, *, d
     factor = moments if isinstance(moments, Factor) else factorised(moments, damping=damping)
     groups = scales.reshape(outputs, -1)
     if factor.coupling is None:
-        scale = np.repeat(groups, inputs // groups.shape[1], axis=1).astype(np.float64)
-        return grid.codes(weight, Parameters(scale, 0.0)).astype(np.float32)
+        return grid.codes(weight, Parameters(scale_of_each(scales, inputs), 0.0)).astype(np.float32)
     # In units of an output's scale the rule is the same, and the columns lie one behind the other in memory.
     unit = groups.max(axis=1).astype(np.float64)
     exact = np.ascontiguousarray((weight.T / unit)[factor.order], np.float32)

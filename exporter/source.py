@@ -279,7 +279,7 @@ def call_by_path(path: str) -> Any:
             near = difflib.get_close_matches(part, dir(found), n=3)
             raise UsageError(f"{module_name} has no {attribute!r}", hint=f"did you mean {' or '.join(near)}?" if near else "")
         found = getattr(found, part)
-    if isinstance(found, nn.Module) or not isinstance(found, Callable):  # type: ignore[arg-type]  # a protocol's class
+    if isinstance(found, nn.Module) or not isinstance(found, Callable):  # type: ignore[arg-type]  # a special form to mypy
         return found
     try:
         return found()

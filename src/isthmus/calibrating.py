@@ -383,8 +383,8 @@ def unquantised(target: Target[Any], job: Job[Any]) -> list[str]:
     # What is lowered from the PyTorch program names as `quantised` what GPTQ can round, and no more.
     if not target.opsets or job.precision not in (*target.calibrated, *target.rounded) or target.quantised(job):
         return []
-    option = f"{job.precision}_include"
-    more = f" --{option.replace('_', '-')} '*' takes those that are left by default." if option in target.Options.model_fields else ""
+    can_include = f"{job.precision}_include" in target.Options.model_fields
+    more = f" --{job.precision}-include '*' takes those that are left by default." if can_include else ""
     return [f"No layer is in {job.precision}: the artifact computes as it would without. The report says why each was left.{more}"]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from isthmus.analysing import AnalysisResult, analyse
+from isthmus.arguments import choose, choose_opset, graph_sampler, name_of, tolerance_of
 from isthmus.calibrating import (
     ROUNDINGS,
     CalibrateResult,
@@ -38,7 +39,6 @@ from isthmus.calibrating import (
 from isthmus.calibration.calibrator import CALIBRATORS, channel_calibrator
 from isthmus.calibration.cases import cases_of_example, cases_of_spec
 from isthmus.calibration.data import check_preprocess, check_size
-from isthmus.calibration.metrics import DEFAULT_TOLERANCES
 from isthmus.calibration.observe import Observer, check_graph
 from isthmus.calibration.recipe import Recipe, read_recipe
 from isthmus.calibration.report import Pictures, write_report
@@ -54,7 +54,7 @@ from isthmus.exporter import bundle as bundles
 from isthmus.exporter import onnx as onnx_files
 from isthmus.exporter import ranges
 from isthmus.exporter.destination import check_destination, check_space, writing
-from isthmus.exporter.errors import AccuracyError, IsthmusError, Reason, UnknownNameError, UnsupportedError, UsageError
+from isthmus.exporter.errors import AccuracyError, IsthmusError, Reason, UnsupportedError, UsageError
 from isthmus.exporter.grids import ACTIVATION_GRIDS, WEIGHT_GRIDS
 from isthmus.exporter.manifest import Manifest, Table, TensorInfo, weakest
 from isthmus.exporter.memory import release, settled
@@ -63,9 +63,8 @@ from isthmus.exporter.passes import optimise
 from isthmus.exporter.passes.sampling_loop import misfits
 from isthmus.exporter.paths import StrPath
 from isthmus.exporter.preprocess import parse_preprocess
-from isthmus.exporter.sampling import GraphSampler
-from isthmus.exporter.source import Model, Source, load_source
-from isthmus.exporter.spec import Dynamic, Samples, Tolerance
+from isthmus.exporter.source import Model, load_source
+from isthmus.exporter.spec import Dynamic, Samples
 from isthmus.exporter.target import TARGETS, Job, Target, target_options
 from isthmus.exporter.trace import dimension_names, input_shapes, output_shapes, trace
 from isthmus.exporter.weights import nonfinite
@@ -190,10 +189,10 @@ def export(
         precision, calibration_method = said.pop("precision"), said.pop("calibration_method", calibration_method)
         weight_rounding, smooth = said.pop("weight_rounding", weight_rounding), said.pop("smooth", smooth)
         options = {**(options or {}), **said}
-    precision = _choose("precision", precision, chosen.precisions)
-    sampler = _choose("sampler", sampler, chosen.samplers)
+    precision = choose("precision", precision, chosen.precisions)
+    sampler = choose("sampler", sampler, chosen.samplers)
     resolved = target_options(chosen, options or {})
-    opset = _choose_opset(chosen, opset)
+    opset = choose_opset(chosen, opset)
     chosen.check_machine(resolved)
     check_size(calibration_size)
     calibrated = calibrates(
@@ -202,11 +201,11 @@ def export(
     )  # fmt: skip
     method = CALIBRATORS.entry(calibration_method or "max").name
     preprocess = parse_preprocess(calibration_preprocess) if calibration_preprocess is not None else None
-    weight_rounding = _choose("weight rounding", weight_rounding, ROUNDINGS)
+    weight_rounding = choose("weight rounding", weight_rounding, ROUNDINGS)
     weight_scales = channel_calibrator(weight_scales or "max").name
     given = ranges.read_table(Path(calibration_table)) if calibration_table is not None else None
     check_preprocess(calibration_data, preprocess)
-    destination = Path(output or f"{_name(model).replace(':', '-')}-{target}-{precision}")
+    destination = Path(output or f"{name_of(model).replace(':', '-')}-{target}-{precision}")
     if not dry_run:
         check_destination(destination, force=force)
 
@@ -237,8 +236,8 @@ def export(
         else cases_of_example(dict(source.example), source.dynamic, source.ranges, seed)
     )
     cases["example"] = dict(source.example)
-    in_graph = _graph_sampler(source) if sampler == "loop" else None
-    tolerance = _tolerance(source, chosen, precision, atol, rtol, min_psnr)
+    in_graph = graph_sampler(source) if sampler == "loop" else None
+    tolerance = tolerance_of(source, chosen, precision, atol, rtol, min_psnr)
 
     # What the artifacts are measured against must not be computed by the kernels that one of them runs.
     with step("running PyTorch"), native_kernels(False):
@@ -268,7 +267,7 @@ def export(
     if half := chosen.computes.get(precision):
         with step(f"running PyTorch rounded to {half}"), native_kernels(False):
             # What is narrower than that is not part of this stage, nor is its looser bound.
-            bounds = _tolerance(source, chosen, half, atol, rtol, min_psnr)
+            bounds = tolerance_of(source, chosen, half, atol, rtol, min_psnr)
             stages.append(check_rounded(program, source.example, arrays, reference, half, peaks, bounds))
     dimensions = dimension_names(program, source.dynamic, source.example)
     onnx_model = None
@@ -442,51 +441,6 @@ def export(
             result=result_,
         )
     return result_
-
-
-def _name(model: Model) -> str:
-    if isinstance(model, str):
-        return model.rsplit(":", 1)[-1]
-    return type(model[0] if isinstance(model, tuple) else model).__name__
-
-
-def _choose(kind: str, value: Any, allowed: Sequence[Any]) -> Any:
-    if value is None:
-        return allowed[0]
-    if value not in allowed:
-        raise UnknownNameError(kind, str(value), [str(a) for a in allowed])
-    return value
-
-
-def _choose_opset(target: Target[Any], opset: int | None) -> int | None:
-    if target.opsets:
-        return int(_choose("opset", opset, target.opsets))
-    if opset is not None:
-        raise UsageError(f"{target.name} is lowered from the PyTorch program, not from ONNX, so --opset has no use", hint="leave it out")
-    return None
-
-
-def _graph_sampler(source: Source) -> GraphSampler:
-    """The model's sampler, which has to be one that can be written as a graph.
-
-    Raises:
-        UsageError: It has none.
-    """
-    if isinstance(sampler := sampler_of(source), GraphSampler):
-        return sampler
-    raise UsageError(
-        f"--sampler loop writes a model's sampler as a graph, and {source.name} comes without one",
-        hint="that needs a registered model that has a sampler, its trained weights, and a batch of the sampler's size",
-    )
-
-
-def _tolerance(
-    source: Source, target: Target[Any], precision: str, atol: float | None, rtol: float | None, min_psnr: float | None
-) -> Tolerance:
-    base = {**DEFAULT_TOLERANCES, **target.tolerances, **(source.spec.tolerances if source.spec else {})}[precision]
-    if atol is not None or rtol is not None:
-        base = dataclasses.replace(base, max_relative=None, atol=atol or 0.0, rtol=rtol or 0.0)
-    return base if min_psnr is None else dataclasses.replace(base, min_psnr=min_psnr)
 
 
 def _tensor_infos(cases: CaseArrays, shapes: Sequence[tuple[int | str, ...]]) -> tuple[TensorInfo, ...]:

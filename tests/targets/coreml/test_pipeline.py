@@ -152,9 +152,8 @@ def test_equal_exports_are_equal_files(tmp_path, program):
     from coremltools.converters.mil import Builder
 
     one = isthmus.export("dit-tiny", "coreml", tmp_path / "a", precision="int8").manifest
-    program(
-        lambda a: Builder.sub(x=a, y=Builder.const(val=np.float32(1))), np.zeros(2, np.float32)
-    )  # coremltools goes on numbering constants
+    # coremltools goes on numbering constants
+    program(lambda a: Builder.sub(x=a, y=Builder.const(val=np.float32(1))), np.zeros(2, np.float32))
     assert Builder.name_count["const"] > 0
     other = isthmus.export("dit-tiny", "coreml", tmp_path / "b", precision="int8").manifest
     assert {n: h for n, h in one.files.items() if ".mlpackage" in n} == {n: h for n, h in other.files.items() if ".mlpackage" in n}
